@@ -1,0 +1,134 @@
+"""Local-Sparse-Global attention (arXiv 2210.15497): one operation, its kernels, and the choice between them.
+
+A global query attends to all keys. A text query in block `i` attends, in one softmax, to the global keys, to the text
+keys of the blocks `i - 1`, `i`, `i + 1`, and to the sparse keys on either side of them. A text of at most two blocks
+gets ordinary full attention.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .lsg_layout import local_window, pad_to_multiple, sparse_windows, take_windows
+from .lsg_sparsity import sparsify
+
+
+Probabilities = tuple[torch.Tensor, torch.Tensor]
+
+
+def lsg_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor,
+    *,
+    num_global_tokens: int = 1,
+    block_size: int = 128,
+    sparse_block_size: int = 128,
+    sparsity_factor: int = 2,
+    sparsity_type: str | None = "norm",
+    lsh_num_pre_rounds: int = 1,
+    lsh_seed: int = 0,
+    dropout: float = 0.0,
+    kernel: str = "sdpa",
+) -> tuple[torch.Tensor, Probabilities | None]:
+    """Attend, with scores scaled by `1 / sqrt(head_dim)`.
+
+    Args:
+        query, key, value: shape (batch, heads, g + t, head_dim): `g = num_global_tokens` globals, then `t` text tokens.
+        keep: boolean, shape (batch, g + t): True where a token may be attended to.
+        dropout: the probability with which a probability is dropped.
+        kernel: "eager", which is the plain reference and also returns its probabilities, or "sdpa", which calls
+            torch's fused attention on each block's keys.
+
+    Returns:
+        The output, of the shape of `query`; it is zero where a query has no key. With "eager" also the probabilities,
+        before dropout: those of the text queries and those of the global queries, of shapes (batch, heads, t, keys) and
+        (batch, heads, g, g + t). The keys of a text query in block `i` are the globals, the text blocks `i - 1`, `i`,
+        `i + 1`, the `S` sparse keys on the left and the `S` on the right; for `t <= 2 * block_size` they are all
+        `g + t` keys.
+
+    Raises:
+        ValueError: where a shape does not fit, or `kernel` or `sparsity_type` is unknown.
+    """
+    batch, heads, length, head_dim = query.shape
+    if key.shape != query.shape or value.shape != query.shape or keep.shape != (batch, length):
+        raise ValueError(
+            f"key and value must have the shape of query, {tuple(query.shape)}, and keep {(batch, length)}; "
+            f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(keep.shape)}"
+        )
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join(KERNELS)}")
+    attend = KERNELS[kernel]
+    g = num_global_tokens
+
+    if length - g <= 2 * block_size:
+        output, probabilities = attend(query, key, value, keep[:, None, None], dropout)
+        return output, probabilities if probabilities is None else (probabilities[:, :, g:], probabilities[:, :, :g])
+
+    text_query, text_key, text_value = (
+        pad_to_multiple(tokens[:, :, g:], block_size, dim=2) for tokens in (query, key, value)
+    )
+    text_keep = pad_to_multiple(keep[:, None, g:], block_size, dim=2)
+    num_blocks = text_keep.shape[2] // block_size
+
+    # What each block sees, part by part: keys, values and mask of shape (batch, heads, blocks, keys of the part, ...).
+    seen = [[x[:, :, None, :g].expand(-1, -1, num_blocks, *[-1] * (x.dim() - 2)) for x in (key, value, keep[:, None])]]
+    seen.append([take_windows(x, local_window(block_size), num_blocks) for x in (text_key, text_value, text_keep)])
+    if sparsity_type not in (None, "none") and sparse_block_size and sparsity_factor:
+        sparse = sparsify(
+            text_key,
+            text_value,
+            text_keep,
+            text_query[:, :, :1],
+            block_size=block_size,
+            sparse_block_size=sparse_block_size,
+            sparsity_factor=sparsity_factor,
+            sparsity_type=sparsity_type,
+            lsh_num_pre_rounds=lsh_num_pre_rounds,
+            lsh_seed=lsh_seed,
+        )
+        for window in sparse_windows(block_size, sparse_block_size, sparsity_factor):
+            seen.append([take_windows(x, window, num_blocks) for x in sparse])
+
+    # Blocks join the heads, so that one call of four dimensions serves all of them.
+    block_key, block_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
+    block_keep = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
+    block_query = text_query.unflatten(2, (num_blocks, block_size)).flatten(1, 2)
+    output, probabilities = attend(block_query, block_key, block_value, block_keep[:, :, None], dropout)
+    output = output.view(batch, heads, -1, head_dim)[:, :, : length - g]
+
+    global_output, global_probabilities = attend(query[:, :, :g], key, value, keep[:, None, None], dropout)
+    output = torch.cat([global_output, output], dim=2)
+    if probabilities is None or global_probabilities is None:
+        return output, None
+    return output, (
+        probabilities.view(batch, heads, -1, probabilities.shape[-1])[:, :, : length - g],
+        global_probabilities,
+    )
+
+
+def eager_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax attention, step by step; `keep` is (batch, heads or 1, 1, keys)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    probabilities = probabilities.masked_fill(~keep, 0).to(value.dtype)
+    return F.dropout(probabilities, dropout) @ value, probabilities
+
+
+def sdpa_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same by torch's fused attention, which keeps no scores. (With dropout on a CPU torch has no fused form, and
+    holds the scores of each window.)"""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
+
+
+KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
+    "eager": eager_kernel,
+    "sdpa": sdpa_kernel,
+}

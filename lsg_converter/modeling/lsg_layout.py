@@ -1,0 +1,60 @@
+"""Blocks and windows: which keys a block of queries sees (arXiv 2210.15497, section 3).
+
+A text of `t` tokens is cut into blocks of `B`. The queries of block `i` see the text keys of the blocks
+`i - 1`, `i`, `i + 1`, and, in the sparse sequence of `t / f` keys, the `S` keys that end where this local
+window begins and the `S` keys that begin where it ends.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Window(NamedTuple):
+    """The keys that each block sees of one sequence: block `i` sees `[offset + i * step, ... + size)`."""
+
+    offset: int
+    size: int
+    step: int
+
+
+def local_window(block_size: int) -> Window:
+    """The three text blocks around a block."""
+    return Window(offset=-block_size, size=3 * block_size, step=block_size)
+
+
+def sparse_windows(block_size: int, sparse_block_size: int, sparsity_factor: int) -> tuple[Window, Window]:
+    """The sparse keys on the left and on the right of the local window."""
+    step = block_size // sparsity_factor
+    return (
+        Window(offset=-step - sparse_block_size, size=sparse_block_size, step=step),
+        Window(offset=2 * step, size=sparse_block_size, step=step),
+    )
+
+
+def pad_to_multiple(sequence: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
+    """Pad `sequence` with zeros (or False) at the end of `dim`, to a multiple of `multiple`."""
+    missing = -sequence.shape[dim] % multiple
+    if missing == 0:
+        return sequence
+    return F.pad(sequence, [0, 0] * (sequence.dim() - 1 - dim % sequence.dim()) + [0, missing])
+
+
+def take_windows(sequence: torch.Tensor, window: Window, num_blocks: int) -> torch.Tensor:
+    """Lay out what each block sees of a sequence.
+
+    Args:
+        sequence: shape (batch, heads, length, ...), with at most one more dimension.
+        window: which part of it block `i` sees.
+        num_blocks: how many blocks of queries there are.
+
+    Returns:
+        Shape (batch, heads, num_blocks, window.size, ...). What lies outside the sequence is zero, or False.
+    """
+    end = window.offset + (num_blocks - 1) * window.step + window.size
+    trailing = [0, 0] * (sequence.dim() - 3)
+    # A negative amount of padding cuts: a window on the right does not begin where the sequence does.
+    padded = F.pad(sequence, [*trailing, -window.offset, end - sequence.shape[2]])
+    windows = padded.unfold(2, window.size, window.step)
+    return windows if sequence.dim() == 3 else windows.transpose(-1, -2)

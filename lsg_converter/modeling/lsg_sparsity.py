@@ -1,0 +1,165 @@
+"""The six sparsifiers: each shortens the keys and values of a head from `t` to `t / f` tokens.
+
+Shapes: `key` and `value` are (batch, heads, t, head_dim), `keep` is (batch, 1, t) and True where a token may be
+attended to; `t` is a multiple of the block size. Each function returns keys and values of shape
+(batch, heads, t / f, head_dim) and their mask, of shape (batch, 1 or heads, t / f). The result for a token never
+depends on what stands under the mask.
+"""
+
+import math
+
+import torch
+
+
+SPARSITY_TYPES = ("none", "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh")
+
+Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def sparsify(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor,
+    first_query: torch.Tensor,
+    *,
+    block_size: int,
+    sparse_block_size: int,
+    sparsity_factor: int,
+    sparsity_type: str,
+    lsh_num_pre_rounds: int,
+    lsh_seed: int,
+) -> Sparse:
+    """Shorten keys, values and mask by `sparsity_factor` (shapes above).
+
+    `first_query`, of shape (batch, heads, 1, head_dim), is the query of the first text token, by which `bos_pooling`
+    weighs. Raises ValueError where `sparsity_type` is unknown.
+    """
+    chunk_size = min(block_size, sparse_block_size)
+    if sparsity_factor == 1:
+        return key, value, keep
+    if sparsity_type == "norm":
+        return keep_largest_norm(key, value, keep, sparsity_factor, chunk_size)
+    if sparsity_type == "pooling":
+        return pool_mean(key, value, keep, sparsity_factor)
+    if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and sparsity_factor == sparse_block_size):
+        return pool_by_query(key, value, keep, first_query, sparsity_factor)
+    if sparsity_type == "stride":
+        return keep_strided(key, value, keep, sparsity_factor)
+    if sparsity_type == "block_stride":
+        return keep_block_strided(key, value, keep, sparsity_factor, block_size)
+    if sparsity_type == "lsh":
+        return cluster_by_lsh(key, value, keep, sparsity_factor, chunk_size, lsh_num_pre_rounds, lsh_seed)
+    raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
+
+
+def keep_largest_norm(
+    key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int, chunk_size: int
+) -> Sparse:
+    """In each chunk keep the `1 / factor` of the tokens with the largest key norm, in their order."""
+    with torch.no_grad():
+        # In float32: half precision would rank other keys first. Masked tokens come last.
+        norm = torch.linalg.vector_norm(key, dim=-1, dtype=_at_least_float32(key))
+        norm = norm.masked_fill(~keep, -1).unflatten(-1, (-1, chunk_size))
+        index = norm.topk(chunk_size // factor, dim=-1, sorted=False).indices.sort(dim=-1).values
+        starts = torch.arange(0, key.shape[2], chunk_size, device=key.device)
+        index = (index + starts[:, None]).flatten(-2)
+    return _take(key, value, keep, index)
+
+
+def pool_mean(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int) -> Sparse:
+    """The mean of the tokens that are not masked in each run of `factor`."""
+    runs = keep.unflatten(-1, (-1, factor))
+    weight = runs.to(key.dtype) / runs.sum(dim=-1, keepdim=True).clamp(min=1).to(key.dtype)
+    return _pool(key, weight), _pool(value, weight), runs.any(dim=-1)
+
+
+def pool_by_query(
+    key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, query: torch.Tensor, factor: int
+) -> Sparse:
+    """The mean of each run of `factor` tokens, weighted by a softmax over the run of `query . key / sqrt(d)`."""
+    runs = keep.unflatten(-1, (-1, factor))
+    score = ((query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)).squeeze(-2).unflatten(-1, (-1, factor))
+    score = score.masked_fill(~runs, torch.finfo(score.dtype).min)
+    weight = score.softmax(dim=-1, dtype=_at_least_float32(key)).masked_fill(~runs, 0).to(key.dtype)
+    return _pool(key, weight), _pool(value, weight), runs.any(dim=-1)
+
+
+def keep_strided(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int) -> Sparse:
+    """Head `h` keeps every `factor`-th token, from `h mod factor` on."""
+    start = torch.arange(key.shape[1], device=key.device) % factor
+    index = torch.arange(0, key.shape[2], factor, device=key.device) + start[:, None]
+    return _take(key, value, keep, index[None])
+
+
+def keep_block_strided(
+    key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int, block_size: int
+) -> Sparse:
+    """Head `h` keeps `B / factor` tokens of each block, from `h * B / factor` on, wrapping round in the block."""
+    size = block_size // factor
+    start = torch.arange(key.shape[1], device=key.device) * size
+    within = (start[:, None] + torch.arange(size, device=key.device)) % block_size
+    blocks = torch.arange(0, key.shape[2], block_size, device=key.device)
+    index = (blocks[:, None] + within[:, None]).flatten(-2)
+    return _take(key, value, keep, index[None])
+
+
+def cluster_by_lsh(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor,
+    factor: int,
+    chunk_size: int,
+    num_pre_rounds: int,
+    seed: int,
+) -> Sparse:
+    """The means of the clusters into which locality-sensitive hashing puts the tokens of each chunk.
+
+    `num_pre_rounds` rounds with as many buckets as tokens merge what is alike, one more merges into
+    `chunk_size / factor` buckets. An empty bucket is masked. The rotations depend on `seed` alone.
+    """
+    dtype = _at_least_float32(key)
+    # Sums and counts, so that the mean of merged clusters is weighted by how many tokens they stand for.
+    count = keep.expand(-1, key.shape[1], -1).to(dtype).unflatten(-1, (-1, chunk_size)).unsqueeze(-1)
+    clusters = torch.cat([key, value], dim=-1).to(dtype).unflatten(2, (-1, chunk_size)) * count
+    clusters = torch.cat([clusters, count], dim=-1)
+    for round_, buckets in enumerate([chunk_size] * num_pre_rounds + [chunk_size // factor]):
+        with torch.no_grad():
+            shape = (key.shape[1], 1, key.shape[-1], (buckets + 1) // 2)
+            projected = clusters[..., : key.shape[-1]] @ _random_normal(shape, seed + round_, key.device).to(dtype)
+            bucket = torch.cat([projected, -projected], dim=-1)[..., :buckets].argmax(dim=-1)
+            assignment = bucket[..., None] == torch.arange(buckets, device=key.device)
+        # A product with the assignment is deterministic on every device; a scattered sum is not.
+        clusters = assignment.to(dtype).transpose(-1, -2) @ clusters
+    key_sum, value_sum, count = clusters.flatten(2, 3).split([key.shape[-1], value.shape[-1], 1], dim=-1)
+    divisor = count.clamp(min=1)
+    return (key_sum / divisor).to(key.dtype), (value_sum / divisor).to(value.dtype), count.squeeze(-1) > 0.5
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _take(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, index: torch.Tensor) -> Sparse:
+    """The tokens at `index`, of shape (batch or 1, heads, t / f)."""
+    index = index.expand(key.shape[0], -1, -1)
+    rows = index[..., None].expand(-1, -1, -1, key.shape[-1])
+    return key.gather(2, rows), value.gather(2, rows), keep.expand(-1, key.shape[1], -1).gather(2, index)
+
+
+def _pool(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sums over runs of tokens, weighted by `weight`, of shape (batch, 1 or heads, t / f, f)."""
+    return (tokens.unflatten(2, weight.shape[-2:]) * weight[..., None]).sum(dim=-2)
+
+
+def _random_normal(shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:
+    """Standard normal draws that depend on `seed` and place alone.
+
+    They come from a hash of a counter, not from a generator: no global state is touched, every device draws the same,
+    and the graph of `torch.compile` stays whole.
+    """
+    bits = (torch.arange(2 * math.prod(shape), device=device) + seed * 0x9E3779B1 % 2**32) & 0xFFFFFFFF
+    for _ in range(2):
+        bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    uniform = ((bits ^ (bits >> 16)).to(torch.float32) + 0.5) / 2**32
+    radius, angle = uniform.clamp(1e-7, 1).view(2, *shape)
+    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
