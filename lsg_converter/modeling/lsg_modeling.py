@@ -71,42 +71,36 @@ class LSGConfig:
         Raises:
             ValueError: which names the field, what was got and what is allowed.
         """
-        factor, block, sparse = self.sparsity_factor, self.block_size, self.sparse_block_size
-        rules: list[tuple[str, bool, str]] = [
-            ("num_global_tokens", 0 <= self.num_global_tokens <= MAX_GLOBAL_TOKENS, f"0 to {MAX_GLOBAL_TOKENS}"),
-            ("block_size", block >= 1, "at least 1"),
-            ("sparse_block_size", sparse >= 0, "at least 0, which means no sparse keys"),
-            ("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys"),
-            ("sparsity_type", self.sparsity_type in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}"),
-            ("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0"),
-            ("mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"),
-            ("is_decoder", not getattr(self, "is_decoder", False), "False: LSG has no causal form yet"),
-            (
-                "position_embedding_type",
-                getattr(self, "position_embedding_type", None) in (None, "absolute"),
-                "'absolute': LSG has no relative positions",
-            ),
-        ]
-        if factor and sparse:
-            chunk = min(block, sparse)
-            chunked = self.sparsity_type in ("norm", "lsh")
-            rules += [
-                ("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}"),
-                (
-                    "sparse_block_size",
-                    not chunked or (chunk % factor == 0 and block % chunk == 0),
-                    f"with {self.sparsity_type!r} a multiple of sparsity_factor, {factor}, that divides block_size, "
-                    f"{block}, or is larger",
-                ),
-            ]
-        for field, holds, allowed in rules:
+        block, sparse = self.block_size, self.sparse_block_size
+        factor, kind = self.sparsity_factor, self.sparsity_type
+        positions = getattr(self, "position_embedding_type", None)
+
+        def require(field: str, holds: bool, allowed: str) -> None:
             if not holds:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}; allowed is {allowed}")
-        heads = getattr(self, "num_attention_heads", factor)
-        if self.sparsity_type in ("stride", "block_stride") and factor > heads:
-            logger.warning_once(
-                f"sparsity_factor={factor} with {self.sparsity_type!r} and {heads} heads: no head keeps some tokens"
+
+        require("num_global_tokens", 0 <= self.num_global_tokens <= MAX_GLOBAL_TOKENS, f"0 to {MAX_GLOBAL_TOKENS}")
+        require("block_size", block >= 1, "at least 1")
+        require("sparse_block_size", sparse >= 0, "at least 0, which means no sparse keys")
+        require("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
+        require("sparsity_type", kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
+        require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
+        require(
+            "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
+        )
+        require("is_decoder", not getattr(self, "is_decoder", False), "False: LSG has no causal form yet")
+        require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
+        if factor and sparse:
+            chunk = min(block, sparse)
+            require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")
+            require(
+                "sparse_block_size",
+                kind not in ("norm", "lsh") or (chunk % factor == 0 and block % chunk == 0),
+                f"with {kind!r} a multiple of sparsity_factor, {factor}, that divides block_size, {block}, or is larger",
             )
+        heads = getattr(self, "num_attention_heads", factor)
+        if kind in ("stride", "block_stride") and factor > heads:
+            logger.warning_once(f"sparsity_factor={factor} with {kind!r} and {heads} heads: no head keeps some tokens")
 
     @property
     def attention_arguments(self) -> dict[str, Any]:

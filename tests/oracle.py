@@ -1,0 +1,77 @@
+"""LSG attention, stated key by key in float64: slow, obvious, and independent of the package."""
+
+import torch
+
+
+def sparse_sequence(key, value, keep, first_query, block, sparse, factor, kind, head):
+    """The sparse keys of one row and head: a list of (key, value), None where a key does not exist or is masked."""
+    length, width = key.shape
+    if kind == "none" or not sparse or not factor:
+        return []
+    if factor == 1:
+        return [(key[i], value[i]) if keep[i] else None for i in range(length)]
+    if kind in ("stride", "block_stride"):
+        if kind == "stride":
+            picked = [j * factor + head % factor for j in range(length // factor)]
+        else:
+            size = block // factor
+            picked = [b + (head * size + j) % block for b in range(0, length, block) for j in range(size)]
+        return [(key[i], value[i]) if keep[i] else None for i in picked]
+    result = []
+    if kind == "norm":
+        chunk = min(block, sparse)
+        for start in range(0, length, chunk):
+            norms = [float(key[i].norm()) if keep[i] else -1.0 for i in range(start, start + chunk)]
+            order = sorted(range(chunk), key=lambda j: -norms[j])[: chunk // factor]
+            result += [(key[start + j], value[start + j]) if keep[start + j] else None for j in sorted(order)]
+        return result
+    for start in range(0, length, factor):
+        run = [i for i in range(start, start + factor) if keep[i]]
+        if not run:
+            result.append(None)
+            continue
+        if kind == "pooling":
+            weight = torch.full((len(run),), 1 / len(run), dtype=torch.float64)
+        else:
+            weight = torch.softmax(torch.stack([key[i] @ first_query / width**0.5 for i in run]), dim=0)
+        result.append((weight @ key[run], weight @ value[run]))
+    return result
+
+
+def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind="norm"):
+    """The output for one row: query, key, value of shape (heads, g + t, width), keep of shape (g + t,)."""
+    query, key, value = query.double(), key.double(), value.double()
+    output = torch.zeros_like(query)
+    heads, total, width = query.shape
+    text = total - g
+    padded = -(-text // block) * block
+
+    def attend(q, pairs):
+        pairs = [pair for pair in pairs if pair is not None]
+        if not pairs:
+            return torch.zeros(width, dtype=torch.float64)
+        keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
+        return torch.softmax(keys @ q / width**0.5, dim=0) @ values
+
+    for head in range(heads):
+        everything = [(key[head, i], value[head, i]) if keep[i] else None for i in range(total)]
+        short = text <= 2 * block
+        for i in range(total if short else g):
+            output[head, i] = attend(query[head, i], everything)
+        if short:
+            continue
+        pad = [(0, 0, 0, padded - text)]
+        text_key, text_value = (torch.nn.functional.pad(x[head, g:], pad[0]) for x in (key, value))
+        text_keep = [bool(k) for k in keep[g:]] + [False] * (padded - text)
+        shortened = sparse_sequence(text_key, text_value, text_keep, query[head, g], block, sparse, factor, kind, head)
+        for position in range(text):
+            i = position // block
+            seen = everything[:g]
+            seen = seen + [everything[g + j] for j in range((i - 1) * block, (i + 2) * block) if 0 <= j < text]
+            if shortened:
+                step = block // factor
+                left = range((i - 1) * step - sparse, (i - 1) * step)
+                right = range((i + 2) * step, (i + 2) * step + sparse)
+                seen = seen + [shortened[j] for j in (*left, *right) if 0 <= j < len(shortened)]
+            output[head, g + position] = attend(query[head, g + position], seen)
+    return output

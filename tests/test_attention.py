@@ -1,0 +1,159 @@
+"""The kernels: eager against a statement of the specification in float64, every other kernel against eager."""
+
+import oracle
+import pytest
+import torch
+
+from lsg_converter.modeling.lsg_attention import KERNELS, lsg_attention
+from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
+
+
+HEADS, WIDTH = 3, 8
+# block_size, sparse_block_size, sparsity_factor
+SHAPES = [(4, 4, 2), (8, 8, 4), (8, 4, 2), (4, 8, 2), (4, 4, 1), (6, 6, 2), (6, 3, 3), (4, 0, 2), (4, 4, 0), (4, 4, 4)]
+OTHER_KERNELS = [kernel for kernel in KERNELS if kernel != "eager"]
+
+
+def arguments(shape, kind, g=1):
+    block, sparse, factor = shape
+    return {
+        "num_global_tokens": g,
+        "block_size": block,
+        "sparse_block_size": sparse,
+        "sparsity_factor": factor,
+        "sparsity_type": kind,
+    }
+
+
+def inputs(length, g=1, batch=3, dtype=torch.float32, seed=0):
+    """Queries, keys, values, and a mask: one row whole, one padded on the right, one on the left and with a hole."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, batch, HEADS, g + length, WIDTH, generator=generator).to(dtype)
+    keep = torch.ones(batch, g + length, dtype=torch.bool)
+    keep[1, g + (2 * length + 2) // 3 :] = False
+    keep[2, g : g + length // 4] = False
+    keep[2, g + length // 2] = False
+    return q.clone(), k.clone(), v.clone(), keep
+
+
+def lengths(block):
+    return [1, 2 * block - 1, 2 * block, 2 * block + 1, 3 * block, 3 * block + 1, 7 * block - 2]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SPARSITY_TYPES if kind != "lsh"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eager_agrees_with_the_specification(shape, kind):
+    block, sparse, factor = shape
+    for length in lengths(block):
+        g = length % 3
+        q, k, v, keep = inputs(length, g, dtype=torch.float64)
+        output, _ = lsg_attention(q, k, v, keep, **arguments(shape, kind, g), kernel="eager")
+        for row in range(len(q)):
+            expected = oracle.attention(
+                q[row], k[row], v[row], keep[row], g=g, block=block, sparse=sparse, factor=factor, kind=kind
+            )
+            torch.testing.assert_close(output[row], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", OTHER_KERNELS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_kernels_agree_with_eager(shape, kind, dropout, kernel):
+    for length in lengths(shape[0]):
+        *tensors, keep = inputs(length, g=2)
+        weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
+        results = []
+        for name in ("eager", kernel):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            torch.manual_seed(2)  # on a CPU both draw their dropout alike
+            output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, 2), dropout=dropout, kernel=name)
+            (output * weight).sum().backward()
+            results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_half_precision_is_finite(kind, dtype, kernel):
+    for length in (8, 30):
+        q, k, v, keep = inputs(length, dtype=dtype)
+        keep[1] = False  # a row that is all padding, and has no global token either
+        leaves = [x.requires_grad_() for x in (q * 6, k * 6, v * 30)]
+        output, _ = lsg_attention(*leaves, keep, **arguments((4, 4, 2), kind), kernel=kernel)
+        output.float().square().mean().backward()
+        assert output.dtype == dtype
+        assert output.isfinite().all()
+        assert all(leaf.grad.isfinite().all() for leaf in leaves)
+        assert not output[1].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "pooling", "bos_pooling", "stride", "block_stride"])
+def test_half_precision_is_near(kind, dtype, kernel):
+    *tensors, keep = inputs(30, dtype=dtype)
+    options = arguments((4, 4, 2), kind)
+    output, _ = lsg_attention(*tensors, keep, **options, kernel=kernel)
+    exact, _ = lsg_attention(*(x.double() for x in tensors), keep, **options, kernel="eager")
+    torch.testing.assert_close(output.double(), exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_what_is_masked_is_not_seen(kind, kernel):
+    q, k, v, keep = inputs(30, dtype=torch.float64)
+    hidden = ~keep[:, None, :, None]
+    options = {**arguments((4, 4, 2), kind), "kernel": kernel}
+    output, _ = lsg_attention(q, k, v, keep, **options)
+    other, _ = lsg_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), keep, **options)
+    torch.testing.assert_close(other, output, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(4, 4, 2), (8, 8, 4), (8, 4, 2)], ids=str)
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_padding_on_the_right_changes_nothing(kind, shape, kernel):
+    q, k, v, _ = inputs(61, dtype=torch.float64)
+    options = {**arguments(shape, kind), "kernel": kernel}
+    for length in (1, 2 * shape[0] - 1, 2 * shape[0], 2 * shape[0] + 1, 30, 33):
+        total = 1 + length
+        alone, _ = lsg_attention(q[:, :, :total], k[:, :, :total], v[:, :, :total], keep_all(3, total), **options)
+        keep = keep_all(3, 62)
+        keep[:, total:] = False
+        padded, _ = lsg_attention(q, k, v, keep, **options)
+        torch.testing.assert_close(padded[:, :, :total], alone, rtol=0, atol=1e-9)
+
+
+def keep_all(batch, length):
+    return torch.ones(batch, length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("length", [8, 9, 30])
+def test_probabilities(length):
+    q, k, v, keep = inputs(length, g=2, dtype=torch.float64)
+    output, (text, to_all) = lsg_attention(q, k, v, keep, **arguments((4, 6, 2), "pooling", 2), kernel="eager")
+    keys = 2 + length if length <= 8 else 2 + 3 * 4 + 2 * 6
+    assert text.shape == (3, HEADS, length, keys)
+    assert to_all.shape == (3, HEADS, 2, 2 + length)
+    torch.testing.assert_close(text.sum(-1), torch.ones(3, HEADS, length, dtype=text.dtype))
+    torch.testing.assert_close(to_all @ v, output[:, :, :2])
+    assert not to_all.masked_select(~keep[:, None, None]).any()
+
+
+def test_no_probabilities_from_a_fused_kernel():
+    for length in (8, 30):
+        *tensors, keep = inputs(length)
+        assert lsg_attention(*tensors, keep, **arguments((4, 4, 2), "norm"), kernel="sdpa")[1] is None
+
+
+def test_errors_say_what_is_allowed():
+    *tensors, keep = inputs(30)
+    with pytest.raises(ValueError, match=r"kernel: got 'flash'; use one of eager, sdpa"):
+        lsg_attention(*tensors, keep, kernel="flash")
+    with pytest.raises(ValueError, match=r"sparsity_type: got 'best'; use one of none, norm"):
+        lsg_attention(*tensors, keep, **arguments((4, 4, 2), "best"))
+    with pytest.raises(ValueError, match=r"keep \(3, 31\); got .* and \(3, 30\)"):
+        lsg_attention(*tensors, keep[:, 1:])
