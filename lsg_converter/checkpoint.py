@@ -152,8 +152,10 @@ def read_config(source: str) -> dict[str, Any]:
 def read_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """The source's tokenizer, or None where it has none; its own code is not run. Raises SourceError."""
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except SOURCE_FAULTS as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # Where there are no files, Transformers makes up a tokenizer that knows its special tokens alone.
+        return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+    except Exception as error:  # the tokenizers library raises no narrower one
         folder = Path(source)
         if folder.exists() and any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
             raise SourceError(
@@ -166,6 +168,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_sequence_length: int) -> None:
     """Save `tokenizer` for texts of `max_sequence_length` tokens."""
     tokenizer.model_max_length = max_sequence_length
+    tokenizer.init_kwargs.pop("auto_map", None)  # code of the source's own, which was not run and does not travel along
     if tokenizer.is_fast:
         # A truncation to the old length, stored in tokenizer.json, would cut what others read with that file.
         tokenizer.backend_tokenizer.no_truncation()

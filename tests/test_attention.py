@@ -131,6 +131,15 @@ def keep_all(batch, length):
     return torch.ones(batch, length, dtype=torch.bool)
 
 
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_compiles_as_one_graph(kind):
+    *tensors, keep = inputs(30)
+    options = arguments((4, 4, 2), kind)
+    compiled = torch.compile(lsg_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors, keep, **options)[0], lsg_attention(*tensors, keep, **options)[0])
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("length", [8, 9, 30])
 def test_probabilities(length):
     q, k, v, keep = inputs(length, g=2, dtype=torch.float64)

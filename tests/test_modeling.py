@@ -412,9 +412,8 @@ def test_half_precision_is_finite(load, dtype, kind):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-def test_compiles_as_one_graph(load, kind):
-    model = load(sparsity_type=kind)
+def test_compiles_as_one_graph(load):
+    model = load()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for tokens in (6, 30):
         ids = ids_of(model, 2, tokens)

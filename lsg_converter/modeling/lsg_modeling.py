@@ -96,7 +96,7 @@ class LSGConfig:
             require(
                 "sparse_block_size",
                 kind not in ("norm", "lsh") or (chunk % factor == 0 and block % chunk == 0),
-                f"with {kind!r} a multiple of sparsity_factor, {factor}, that divides block_size, {block}, or is larger",
+                f"with {kind!r} a multiple of sparsity_factor, {factor}, dividing block_size, {block}, or larger",
             )
         heads = getattr(self, "num_attention_heads", factor)
         if kind in ("stride", "block_stride") and factor > heads:

@@ -1,0 +1,67 @@
+"""Which way the arrows point, and what the files that ship may import."""
+
+import ast
+import sys
+from pathlib import Path
+
+
+PACKAGE = Path(__file__).parents[1] / "lsg_converter"
+BELOW = {
+    "cli": {"convert", "options", "__init__"},
+    "convert": {"families", "surgery", "checkpoint", "verify", "options", "modeling"},
+    "verify": {"checkpoint", "families", "options", "modeling"},
+    "checkpoint": {"families", "surgery", "options"},
+    "families": {"options", "modeling"},
+    "surgery": {"modeling"},
+    "options": set(),
+    "__init__": {"convert", "options"},
+    "modeling/lsg_layout": set(),
+    "modeling/lsg_sparsity": set(),
+    "modeling/lsg_attention": {"lsg_layout", "lsg_sparsity"},
+    "modeling/lsg_modeling": {"lsg_attention", "lsg_sparsity"},
+}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """The siblings and the packages that a file imports."""
+    siblings, packages = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1
+            if node.module is None:
+                siblings |= {"__init__" if alias.name.startswith("__") else alias.name for alias in node.names}
+            else:
+                siblings.add(node.module.split(".")[0])
+    return siblings, packages
+
+
+def test_arrows():
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        if name.startswith("modeling/modeling_lsg_"):
+            allowed = {"lsg_modeling"}
+        elif name == "modeling/__init__":
+            allowed = set()
+        else:
+            allowed = BELOW[name]
+        assert imports(path)[0] <= allowed, name
+
+
+def test_what_ships_imports_torch_and_transformers_alone():
+    for path in (PACKAGE / "modeling").glob("*.py"):
+        siblings, packages = imports(path)
+        assert packages - set(sys.stdlib_module_names) <= {"torch", "transformers"}, path
+        text = path.read_text()
+        assert "from . import" not in text and "from __future__" not in text
+        assert all((path.parent / f"{name}.py").exists() for name in siblings)
+
+
+def test_only_the_command_prints():
+    for path in PACKAGE.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+        assert not prints or path.name == "cli.py"

@@ -1,0 +1,352 @@
+"""Conversions through the API: what is written, reported, refused and left behind."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lsg_converter import ConversionError, ConversionOptions, LSGConverter, convert, verify
+from lsg_converter.options import OptionError, SourceError, TargetError, VerificationError
+
+
+@pytest.fixture
+def source(bert, tmp_path):
+    """A copy of the recorded source that a test may change."""
+    folder = tmp_path / "source"
+    shutil.copytree(bert.source, folder)
+    return folder
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def change_weights(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def run(source, target, **kwargs):
+    return convert(ConversionOptions(initial_model=str(source), model_name=str(target), **kwargs))
+
+
+def test_report(source, tmp_path):
+    steps = []
+    options = ConversionOptions(
+        initial_model=str(source), model_name=str(tmp_path / "a" / "b"), max_sequence_length=700
+    )
+    report = convert(options, steps.append)
+    assert (report.model_type, report.architecture) == ("bert", "LSGBertForPreTraining")
+    assert (report.source_positions, report.positions) == (512, 700)
+    assert len(report.checks) == 7 and not report.warnings and not report.heads
+    assert "writing" in steps and "reading 700 tokens" in steps
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "source"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_api_returns_a_model_that_saves_whole(source, tmp_path):
+    model, tokenizer = LSGConverter(max_sequence_length=700).convert_from_pretrained(
+        str(source), architecture="BertForMaskedLM", num_global_tokens=7, random_global_init=True
+    )
+    assert type(model).__name__ == "LSGBertForMaskedLM" and model.config.num_global_tokens == 7
+    assert tokenizer.model_max_length == 700
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    ids = torch.arange(5, 100)[None]
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").model_max_length == 700
+
+
+def test_one_seed_gives_equal_bytes(source, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(source, tmp_path / name, random_global_init=True, seed=seed, architecture="BertForSequenceClassification")
+    files = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
+    assert files["a"] == files["b"] != files["c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays(source, tmp_path, dtype):
+    change_weights(source, lambda weights: {name: value.to(dtype) for name, value in weights.items()})
+    change_config(source, torch_dtype=str(dtype).removeprefix("torch."))
+    run(source, tmp_path / "lsg", run_test=True)
+    assert {value.dtype for value in load_file(tmp_path / "lsg" / "model.safetensors").values()} == {dtype}
+    assert AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True, dtype="auto").dtype == dtype
+
+
+def test_old_names_come_out_modern(source, bert, tmp_path):
+    def old(name):
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    change_weights(source, lambda weights: {old(name): value for name, value in weights.items()})
+    run(source, tmp_path / "lsg")
+    written, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "lsg", bert.source))
+    for name, value in expected.items():
+        if "position" not in name:
+            assert torch.equal(written[name], value)
+
+
+def test_another_head(source, tmp_path):
+    report = run(source, tmp_path / "lsg", architecture="LSGBertForSequenceClassification")
+    assert report.architecture == "LSGBertForSequenceClassification"
+    assert report.new_weights == ["classifier.bias", "classifier.weight"]
+    assert "cls.predictions.bias" in report.dropped_weights
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "lsg", trust_remote_code=True)
+
+
+def test_fewer_positions_are_said(source, tmp_path):
+    report = run(source, tmp_path / "lsg", max_sequence_length=300)
+    assert report.warnings == ["the last 212 of the source's 512 positions are lost"]
+
+
+def test_a_source_of_few_positions(source, tmp_path):
+    change_config(source, max_position_embeddings=100)
+    name = "bert.embeddings.position_embeddings.weight"
+    change_weights(source, lambda weights: {**weights, name: weights[name][:100].clone()})
+    assert run(source, tmp_path / "lsg", max_sequence_length=1000).source_positions == 100
+
+
+def test_no_tokenizer(source, tmp_path):
+    for path in source.glob("*token*"):
+        path.unlink()
+    report = run(source, tmp_path / "lsg")
+    assert any("no tokenizer" in warning for warning in report.warnings)
+    assert sum("mean word" in warning for warning in report.warnings) == 2
+    model, tokenizer = LSGConverter().convert_from_pretrained(str(source))
+    assert tokenizer is None and model.config.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize("where", ["absent", "outside"])
+def test_no_mask_token(source, tmp_path, where):
+    if where == "absent":
+        path = source / "tokenizer_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "mask_token"}))
+        path = source / "special_tokens_map.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "mask_token"}))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.add_special_tokens({"mask_token": "<beyond>"})
+        assert tokenizer.mask_token_id >= 120
+        (source / "special_tokens_map.json").unlink()
+        tokenizer.save_pretrained(source)
+    report = run(source, tmp_path / "lsg")
+    (warning,) = report.warnings
+    assert "no MASK token" in warning and "mean word" in warning
+    words = load_file(source / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    weights = load_file(tmp_path / "lsg" / "model.safetensors")
+    rest = weights["bert.embeddings.global_embeddings.weight"][1]
+    position = weights["bert.embeddings.position_embeddings.weight"][64]
+    kind = weights["bert.embeddings.token_type_embeddings.weight"][0]
+    torch.testing.assert_close(rest, position + words.mean(0) + kind)
+
+
+def test_truncation_of_the_old_length_is_gone(source, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.enable_truncation(128)
+    tokenizer.save_pretrained(source)
+    run(source, tmp_path / "lsg")
+    assert json.loads((tmp_path / "lsg" / "tokenizer.json").read_text())["truncation"] is None
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "lsg")("a " * 600)["input_ids"]) >= 600
+
+
+@pytest.mark.parametrize(
+    "lsg", [{"adaptive": False, "block_size": 32}, {"num_global_tokens": 0}, {"sparsity_type": "lsh"}]
+)
+def test_every_kind_of_attention_is_verified(source, tmp_path, lsg):
+    assert len(run(source, tmp_path / "lsg", max_sequence_length=555, model_kwargs=lsg).checks) == 7
+
+
+# What is refused. Nothing is left behind.
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (OptionError, {"max_sequence_length": 0}, "--max_sequence_length: got 0; "),
+        (OptionError, {"global_positional_stride": 48}, "--global_positional_stride: got 48; "),
+        (OptionError, {"architecture": "BertForEverything"}, r"got 'BertForEverything'; .* BertModel, "),
+        (OptionError, {"model_kwargs": {"blocksize": 64}}, "unknown field 'blocksize'; did you mean 'block_size'"),
+        (OptionError, {"model_kwargs": {"zzz": 64}}, "unknown field 'zzz'; known are num_global_tokens"),
+        (OptionError, {"model_kwargs": {"block_size": "64"}}, "--model_kwargs: Field 'block_size' expected int"),
+        (OptionError, {"model_kwargs": {"sparsity_type": "best"}}, "--model_kwargs: sparsity_type: got 'best'"),
+        (OptionError, {"model_kwargs": "{'block_size': __import__('os')}"}, "--model_kwargs: got .* literals"),
+        (OptionError, {"model_kwargs": "{'block_size': 64"}, "--model_kwargs: got"),
+        (OptionError, {"model_kwargs": "[64]"}, r"--model_kwargs: got '\[64\]'"),
+        (OptionError, {"initial_model": ""}, "--initial_model: got an empty string"),
+        (SourceError, {"initial_model": "nobody/no-such-model"}, "'nobody/no-such-model' is no folder here"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(source, tmp_path, error, options, message):
+    with pytest.raises(error, match=message) as caught:
+        convert(ConversionOptions(**{"initial_model": str(source), "model_name": str(tmp_path / "lsg"), **options}))
+    assert isinstance(caught.value, ConversionError) and "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def without(*parts):
+    return lambda weights: {k: v for k, v in weights.items() if not any(part in k for part in parts)}
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def overwrite(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (remove("config.json"), "has no config.json"),
+        (overwrite("config.json", b"{"), "config.json: it is no JSON"),
+        (overwrite("config.json", b"[]"), "names no model_type"),
+        (lambda folder: change_config(folder, model_type="t5"), "model_type is 't5'; families .* are bert"),
+        (
+            lambda folder: change_config(folder, architectures=None),
+            "--architecture: config.json .* names none; give one",
+        ),
+        (lambda folder: change_config(folder, hidden_size="16"), "Field 'hidden_size' expected int"),
+        (lambda folder: change_config(folder, architectures=["LSGBertModel"]), "is an LSG checkpoint already"),
+        (lambda folder: change_config(folder, base_model_prefix="lsg"), "is an LSG checkpoint already"),
+        (lambda folder: change_config(folder, position_embedding_type="relative_key"), "LSG has no relative positions"),
+        (lambda folder: change_config(folder, is_decoder=True), "LSG has no causal form yet"),
+        (lambda folder: change_config(folder, hidden_size=20), "weights of .* cannot be loaded"),
+        (remove("model.safetensors"), "weights of .* cannot be loaded"),
+        (overwrite("model.safetensors", b"\x00" * 100), "weights of .* cannot be loaded"),
+        (lambda folder: change_weights(folder, without("layer.1.output.dense.weight")), "lacks weights: bert.encoder"),
+        (lambda folder: change_weights(folder, without("seq_relationship")), "lacks weights: cls.seq_relationship"),
+        (overwrite("tokenizer.json", b"{"), "the tokenizer of .* cannot be loaded"),
+    ],
+)
+def test_sources_that_cannot_be(source, tmp_path, fault, message):
+    fault(source)
+    with pytest.raises(ConversionError, match=message) as caught:
+        run(source, tmp_path / "lsg")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_pickles_are_not_loaded(source, tmp_path):
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="safetensors"):
+        run(source, tmp_path / "lsg")
+
+
+def test_the_code_of_a_source_is_never_run(source, tmp_path):
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((source / name).read_text())
+        auto_map = {"AutoConfig": "evil.C", "AutoModelForPreTraining": "evil.C", "AutoTokenizer": ["evil.C", None]}
+        (source / name).write_text(json.dumps({**content, "auto_map": auto_map}))
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\n")
+    run(source, tmp_path / "lsg")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "lsg" / "evil.py").exists()
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "evil" not in (tmp_path / "lsg" / name).read_text()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_target_that_exists_stays(source, tmp_path, kind):
+    target = tmp_path / "lsg"
+    if kind == "folder":
+        target.mkdir()
+        (target / "mine").write_text("mine")
+    elif kind == "file":
+        target.write_text("mine")
+    else:
+        target.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TargetError, match=r"--model_name: .* exists"):
+        run(source, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"] or kind == "link"
+    if kind == "folder":
+        assert (target / "mine").read_text() == "mine"
+
+
+def test_a_target_below_a_file_is_an_error(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetError, match=r"--model_name: .* cannot be written"):
+        run(source, tmp_path / "file" / "lsg")
+
+
+# The verification finds what is wrong.
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda w: {**w, "bert.pooler.dense.bias": w["bert.pooler.dense.bias"] + 1e-7},
+            "bert.pooler.dense.bias is not",
+        ),
+        (lambda w: {**w, "cls.seq_relationship.bias": -w["cls.seq_relationship.bias"]}, "is not the source's"),
+        (without("pooler.dense.weight"), "the weight bert.pooler.dense.weight is missing"),
+        (lambda w: {**w, "extra": torch.zeros(1)}, "weights that the source lacks: extra"),
+        (lambda w: swap(w, "position_embeddings", 600), "position_embeddings.weight does not repeat"),
+        (lambda w: swap(w, "global_embeddings", 5), "row 5 of the global tokens is not as it should"),
+    ],
+)
+def test_verification_finds_damaged_weights(source, tmp_path, monkeypatch, damage, message):
+    read = verify.read_tensors
+    monkeypatch.setattr(verify, "read_tensors", lambda folder: damage(read(folder)))
+    with pytest.raises(VerificationError, match=message):
+        run(source, tmp_path / "lsg")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def swap(weights, name, row):
+    (key,) = [key for key in weights if name in key]
+    table = weights[key].clone()
+    table[[row, row + 1]] = table[[row + 1, row]]
+    return {**weights, key: table}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "lsg_modeling.py",
+            "dtype=torch.bool)\n        if config.mask",
+            "dtype=torch.bool) | True\n        if config.mask",
+            "padding",
+        ),
+        ("lsg_attention.py", "return output, None", "return output / 0, None", "not finite"),
+        ("lsg_modeling.py", "states[:, g + 1 :]", "states[:, g:]", "16 tokens give 17 states"),
+    ],
+)
+def test_verification_finds_damaged_code(source, tmp_path, monkeypatch, file, old, new, message):
+    """It runs the files that were written."""
+    finite = verify.unchanged_weights
+
+    def damage_then_check(source, stock, written, new_weights):
+        (folder,) = tmp_path.glob(".lsg-*/lsg")
+        code = (folder / file).read_text()
+        assert old in code
+        (folder / file).write_text(code.replace(old, new))
+        return finite(source, stock, written, new_weights)
+
+    monkeypatch.setattr(verify, "unchanged_weights", damage_then_check)
+    with pytest.raises(VerificationError, match=message):
+        run(source, tmp_path / "lsg")
+
+
+def test_verification_finds_another_tokenizer(source, tmp_path, monkeypatch):
+    module = importlib.import_module("lsg_converter.convert")
+    write = module.write_tokenizer
+
+    def write_another(tokenizer, folder, length):
+        write(tokenizer, folder, length)
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace('"<unk>": 1', '"<unk>": 3').replace('"</s>": 3', '"</s>": 1'))
+
+    monkeypatch.setattr(module, "write_tokenizer", write_another)
+    with pytest.raises(VerificationError, match="the tokenizer"):
+        run(source, tmp_path / "lsg")

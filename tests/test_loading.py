@@ -1,0 +1,95 @@
+"""A converted checkpoint loads where this package is not: from a folder, and through the cache of the Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+
+SCRIPT = """
+import json, sys
+sys.modules["lsg_converter"] = None  # an import of it fails
+import torch, transformers
+name, auto_classes = sys.argv[1], json.loads(sys.argv[2])
+for auto_class in auto_classes:
+    model = getattr(transformers, auto_class).from_pretrained(name, trust_remote_code=True, block_size=4,
+                                                              sparse_block_size=4, sparsity_type="bos_pooling").eval()
+    assert type(model).__name__.startswith("LSG"), type(model)
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        output = model(ids[:, None] if auto_class == "AutoModelForMultipleChoice" else ids)[0]
+    assert output.isfinite().all()
+    if auto_class == "AutoModel":
+        print(json.dumps(output[0, 7].tolist()))
+tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+assert tokenizer.model_max_length == 1000 and tokenizer("a")["input_ids"]
+"""
+
+
+def hub_cache(checkpoint: Path, home: Path, repository: str) -> None:
+    """Lay out `checkpoint` as `huggingface_hub` does after a download: blobs, and links to them."""
+    root = home / "hub" / f"models--{repository.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = root / "snapshots" / commit
+    for folder in (snapshot, root / "refs", root / "blobs"):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted(checkpoint.iterdir())):
+        blob = root / "blobs" / f"{number:040d}"
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_fresh_process(converted, golden, tmp_path, place):
+    name = str(converted)
+    if place == "hub":
+        name = "somebody/lsg-model-v1.5"
+        hub_cache(converted, tmp_path / "home", name)
+    auto_classes = [c for c in json.loads((converted / "config.json").read_text())["auto_map"] if c != "AutoConfig"]
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, name, json.dumps(auto_classes)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    model = AutoModel.from_pretrained(
+        converted, trust_remote_code=True, block_size=4, sparse_block_size=4, sparsity_type="bos_pooling"
+    ).eval()
+    with torch.no_grad():
+        expected = model(torch.arange(5, 45)[None])[0][0, 7]
+    torch.testing.assert_close(torch.tensor(json.loads(result.stdout)), expected, rtol=0, atol=1e-5)
+
+
+def test_two_folders_with_one_name(converted, tmp_path):
+    """Each runs its own code."""
+    ids = torch.arange(5, 45)[None]
+    models = []
+    for place in ("a", "b"):
+        folder = tmp_path / place / "lsg-model"
+        shutil.copytree(converted, folder)
+        if place == "b":
+            code = (folder / "lsg_modeling.py").read_text()
+            (folder / "lsg_modeling.py").write_text(
+                code.replace("MAX_GLOBAL_TOKENS = 512", "MAX_GLOBAL_TOKENS = 512 \nMARK = 1")
+            )
+        models.append(AutoModel.from_pretrained(folder, trust_remote_code=True).eval())
+    modules = [sys.modules[type(model).__module__.rsplit(".", 1)[0] + ".lsg_modeling"] for model in models]
+    assert not hasattr(modules[0], "MARK") and hasattr(modules[1], "MARK")
+    with torch.no_grad():
+        assert torch.equal(*(model(ids).last_hidden_state for model in models))
+
+
+def test_shipped_files_are_those_of_the_package(converted):
+    package = Path(__file__).parents[1] / "lsg_converter" / "modeling"
+    for path in converted.glob("*.py"):
+        assert path.read_bytes() == (package / path.name).read_bytes()
