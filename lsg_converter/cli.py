@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import enable_progress_bars, tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    enable_progress_bars()  # those of downloads, and ours, which the line above turned off as well
     try:
         options = Parser().options(arguments)
         with Progress() as progress:
