@@ -1,5 +1,6 @@
 """Reading a source safely, and writing a target that is complete or absent."""
 
+import copy
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,7 +21,16 @@ from .options import ConversionOptions, OptionError, SourceError, TargetError
 
 
 # What loading a source raises where the source is at fault.
-SOURCE_FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+SOURCE_FAULTS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 def first_line(error: BaseException) -> str:
@@ -33,7 +44,8 @@ class Source:
     Attributes:
         options: what is to be done with it.
         family, lsg_class: what it is, and the class that it becomes.
-        config: its stock configuration.
+        is_lsg: whether it is an LSG checkpoint already.
+        config: its configuration, of its family's stock class, or LSG class where it is LSG.
         tokenizer: None where it has none.
         positions: how many tokens it can read.
         warnings: what its user should know.
@@ -44,24 +56,33 @@ class Source:
         content = read_config(name)
         named = content.get("architectures") or []
         self.options = options
-        self.family = families.family(content["model_type"])
+        self.family = families.family(options.model_type or content["model_type"])
+        self.is_lsg = content.pop("base_model_prefix", None) == "lsg" or any(item.startswith("LSG") for item in named)
+        if not self.is_lsg and (options.resize_lsg or options.keep_first_global_token):
+            flag = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
+            raise OptionError(f"--{flag}: {name!r} is no LSG checkpoint; leave the flag out")
         if options.architecture is None and not named:
             raise OptionError(
                 f"--architecture: config.json of {name!r} names none; "
                 f"give one of {', '.join(self.family.architectures)}"
             )
         self.lsg_class = self.family.lsg_class(options.architecture or named[0])
-        self.stock_class = families.stock_class(self.lsg_class)
-        self.has_own_head = self.stock_class.__name__ in named
+        self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
+        self.has_own_head = self.model_class.__name__ in named
+        config_class = self.family.config_class if self.is_lsg else families.stock_class(self.family.config_class)
         try:
-            self.config = families.stock_class(self.family.config_class).from_dict(content)
+            self.config = config_class.from_dict({**content, "model_type": self.family.model_type})
         except (StrictDataclassError, *SOURCE_FAULTS) as error:
             raise SourceError(
                 f"--initial_model: config.json of {name!r}: {first_line(error.__cause__ or error)}; correct it"
             ) from error
-        self.positions = self.config.max_position_embeddings - self.family.base_class.position_offset
+        base_class = self.family.base_class
+        self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
+        self.special_positions = base_class.special_positions(self.config)
         self.tokenizer = read_tokenizer(name)
         self.warnings: list[str] = []
+        if self.is_lsg and not (options.resize_lsg or options.keep_first_global_token):
+            self.warnings.append("the source's own global tokens are rebuilt; --resize_lsg keeps them")
         self.first_id = self._token_id("bos", "cls")
         self.other_id = self._token_id("mask")
 
@@ -82,7 +103,7 @@ class Source:
         return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
 
     def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
-        """The stock model on CPU, in the dtype of its weights, and the names of its new and of dropped weights.
+        """The model on CPU, in the dtype of its weights, and the names of its new and of dropped weights.
 
         Raises:
             SourceError: where a weight cannot be read, or is absent and would be made up.
@@ -91,8 +112,13 @@ class Source:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.options.seed)
-                model, info = self.stock_class.from_pretrained(
-                    name, config=self.config, dtype="auto", use_safetensors=True, output_loading_info=True
+                model, info = self.model_class.from_pretrained(
+                    name,
+                    config=copy.deepcopy(self.config),
+                    dtype="auto",
+                    use_safetensors=None if self.options.allow_pickle else True,
+                    weights_only=True,
+                    output_loading_info=True,
                 )
         except SOURCE_FAULTS as error:
             raise SourceError(
@@ -104,12 +130,21 @@ class Source:
         made_up = [key for key in new if "pooler." not in key and (self.has_own_head or key.startswith(self.prefix))]
         if made_up:
             raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
-        return model, new, sorted(info["unexpected_keys"])
+        dropped = sorted(key for key in info["unexpected_keys"] if not key.endswith(("position_ids", "token_type_ids")))
+        parts = tuple(f"{part}." for part, _ in getattr(model, model.base_model_prefix, model).named_children())
+        foreign = [key for key in dropped if key.removeprefix(f"{model.base_model_prefix}.").startswith(parts)]
+        foreign = [key for key in foreign if "pooler." not in key]
+        if foreign:
+            raise SourceError(
+                f"--initial_model: {name!r} has weights that {self.model_class.__name__} lacks: "
+                f"{', '.join(foreign[:3])}; where config.json names a wrong family, give --model_type"
+            )
+        return model, new, dropped
 
-    def global_words(self, stock: PreTrainedModel) -> torch.Tensor:
+    def global_words(self, model: PreTrainedModel) -> torch.Tensor:
         """The word part of the global rows, shape (512, embedding width)."""
         return surgery.global_words(
-            stock.get_input_embeddings().weight.detach(),  # type: ignore[operator]
+            model.get_input_embeddings().weight.detach(),  # type: ignore[operator]
             self.first_id,
             self.other_id,
             self.options.seed if self.options.random_global_init else None,
@@ -143,9 +178,11 @@ def read_config(source: str) -> dict[str, Any]:
         raise SourceError(
             f"--initial_model: config.json of {source!r} names no model_type; add the family's name to it"
         )
-    names = config.get("architectures") or []
-    if config.get("base_model_prefix") == "lsg" or any(str(name).startswith("LSG") for name in names):
-        raise SourceError(f"--initial_model: {source!r} is an LSG checkpoint already; give the model it was made from")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise SourceError(
+            f"--initial_model: config.json of {source!r}: architectures is {names!r}; it must be a list of names"
+        )
     return config
 
 

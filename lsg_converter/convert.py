@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, surgery, verify
 from .checkpoint import Source, first_line, staged, write_tokenizer
-from .modeling.lsg_modeling import LSGConfig
+from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
 from .options import ConversionOptions, OptionError, parse_literals
 
 
@@ -68,7 +68,7 @@ def convert(options: ConversionOptions, announce: Callable[[str], None] = lambda
         model_type=source.family.model_type,
         architecture=source.lsg_class.__name__,
         auto_class=source.family.auto_class(source.lsg_class),
-        lsg={item.name: getattr(config, item.name) for item in fields(LSGConfig)},
+        lsg={name: getattr(config, name) for name in source.family.lsg_fields},
         source_positions=source.positions,
         positions=options.max_sequence_length,
         warnings=list(source.warnings),
@@ -80,12 +80,14 @@ def convert(options: ConversionOptions, announce: Callable[[str], None] = lambda
         report.warnings.append("the source has no tokenizer, so none was written")
 
     with staged(options.model_name) as folder:
-        stock, report.new_weights, report.dropped_weights = source.load()
+        original, report.new_weights, report.dropped_weights = source.load()
         announce("building the long model")
-        model = assemble(source, config, {**stock.state_dict(), **long_tables(source, stock)})
+        model = assemble(source, config, {**original.state_dict(), **long_tables(source, original)})
+        if model.can_generate():
+            model.generation_config = original.generation_config
         announce("writing")
         model.save_pretrained(folder)
-        del stock, model
+        del original, model
         if source.tokenizer is not None:
             write_tokenizer(source.tokenizer, folder, options.max_sequence_length)
 
@@ -99,7 +101,7 @@ def lsg_config(source: Source) -> Any:
     """The configuration of the converted model. Raises OptionError where a field is not allowed."""
     options, base_class = source.options, source.family.base_class
     kwargs = parse_literals(options.model_kwargs)
-    known = [item.name for item in fields(LSGConfig)]
+    known = source.family.lsg_fields
     for name in kwargs:
         if name not in known:
             close = get_close_matches(name, known, n=1)
@@ -107,7 +109,7 @@ def lsg_config(source: Source) -> Any:
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
     changes = {
         **kwargs,
-        "max_position_embeddings": options.max_sequence_length + base_class.position_offset,
+        "max_position_embeddings": options.max_sequence_length + base_class.counted_positions(source.config),
         "auto_map": source.family.auto_map,
     }
     try:
@@ -116,18 +118,27 @@ def lsg_config(source: Source) -> Any:
         raise OptionError(f"--model_kwargs: {first_line(error.__cause__ or error)}") from error
 
 
-def long_tables(source: Source, stock: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tables that change, by name."""
-    options, base_class, state = source.options, source.family.base_class, stock.state_dict()
-    offset = base_class.position_offset
-    names = [source.prefix + name for name in base_class.position_tables]
-    tables = {name: surgery.longer_positions(state[name], options.max_sequence_length, offset) for name in names}
-    tables[source.prefix + base_class.global_table] = surgery.global_embeddings(
-        state[names[0]][offset:],
-        source.global_words(stock),
-        source.token_type(state),
-        options.global_positional_stride,
-    )
+def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tables of `model`, which was loaded from `source`, that change, by name."""
+    options, base_class, state = source.options, source.family.base_class, model.state_dict()
+    special, length = source.special_positions, options.max_sequence_length
+    names = [name for table in base_class.position_tables if (name := source.prefix + table) in state]
+    if base_class.sinusoidal_positions:
+        width, dtype = state[names[0]].shape[1], state[names[0]].dtype
+        tables = {name: surgery.sinusoidal_positions(length, width, dtype) for name in names}
+    else:
+        tables = {name: surgery.longer_positions(state[name], length, special) for name in names}
+    global_name = source.prefix + base_class.global_table
+    if source.prefix + base_class.position_tables[0] in state and not options.resize_lsg:
+        table = surgery.global_embeddings(
+            state[names[0]][special:],
+            source.global_words(model),
+            source.token_type(state),
+            options.global_positional_stride,
+        )
+        if options.keep_first_global_token:
+            table = torch.cat([state[global_name][:1], table[1:MAX_GLOBAL_TOKENS]])
+        tables[global_name] = table
     return tables
 
 

@@ -1,17 +1,16 @@
 """Which families can be converted, and to what: read off the files in `modeling/`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .modeling.lsg_modeling import LSGConfig, LSGModel
+from .modeling.lsg_modeling import LSGConfig, LSGWrapper
 from .options import OptionError, SourceError
 
 
@@ -36,6 +35,11 @@ class Family:
     config_class: Any
     base_class: Any
     architectures: Mapping[str, Any]
+
+    @property
+    def lsg_fields(self) -> list[str]:
+        """The names of the fields that LSG adds to the configuration."""
+        return [item.name for item in fields(self.config_class.__bases__[0])]
 
     def lsg_class(self, architecture: str) -> Any:
         """The LSG class for a stock (or LSG) class name. Raises OptionError where the family has none."""
@@ -62,7 +66,8 @@ class Family:
 
     def auto_class(self, lsg_class: Any) -> str:
         """The name of the Auto class that loads `lsg_class`."""
-        return next(name for name, target in self.auto_map.items() if target == f"{self.module}.{lsg_class.__name__}")
+        names = [name for name, target in self.auto_map.items() if target == f"{self.module}.{lsg_class.__name__}"]
+        return min(names, key=lambda name: (name != "AutoModelForSeq2SeqLM", name))
 
 
 def stock_class(lsg_class: Any) -> Any:
@@ -80,13 +85,13 @@ def family(model_type: str) -> Family:
     """The family of `config.model_type`. Raises SourceError where there is none."""
     if model_type not in model_types():
         raise SourceError(
-            f"config.json: model_type is {model_type!r}; families that can be converted are {', '.join(model_types())}"
+            f"--model_type: got {model_type!r} from config.json or the command; known are {', '.join(model_types())}"
         )
     name = _PREFIX + model_type.replace("-", "_")
     module = import_module(f".modeling.{name}", __package__)
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
-    models = [c for c in classes if issubclass(c, PreTrainedModel)]
-    base = next(c for c in models if issubclass(c, LSGModel))
+    base = next(c for c in classes if hasattr(c, "global_table"))
+    models = [c for c in classes if c is base or issubclass(c, LSGWrapper)]
     return Family(
         model_type=model_type,
         module=name,

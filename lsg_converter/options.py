@@ -45,6 +45,9 @@ class ConversionOptions:
     architecture: str | None = field(
         default=None, metadata=_help("The class to convert to, such as BertForMaskedLM; the source's own unless given.")
     )
+    model_type: str | None = field(
+        default=None, metadata=_help("The family, such as mbart, where the source's config.json names a wrong one.")
+    )
     # The flag is read as text; the API takes a dictionary as well.
     model_kwargs: dict | str | None = field(
         default=None,
@@ -65,6 +68,17 @@ class ConversionOptions:
         default=True, metadata=_help("Add token type 0 to the global tokens, where the family has token types.")
     )
     seed: int = field(default=123, metadata=_help("Seed of what is drawn at random: global tokens, a new head."))
+    resize_lsg: bool = field(
+        default=False, metadata=_help("The source is an LSG checkpoint: keep its global tokens, resize its positions.")
+    )
+    keep_first_global_token: bool = field(
+        default=False,
+        metadata=_help("The source is an LSG checkpoint: keep its first global token, rebuild the others."),
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=_help("Load pickled weights where there are no safetensors, without running their code."),
+    )
     run_test: bool = field(
         default=False, metadata=_help("Run every head of the written checkpoint on long inputs, and print a table.")
     )
@@ -74,6 +88,8 @@ class ConversionOptions:
         for name in ("initial_model", "model_name"):
             if not getattr(self, name):
                 raise OptionError(f"--{name}: got an empty string; give a name or a folder")
+        if self.resize_lsg and self.keep_first_global_token:
+            raise OptionError("--resize_lsg: got --keep_first_global_token as well; give one of them")
         if self.max_sequence_length < 1:
             raise OptionError(
                 f"--max_sequence_length: got {self.max_sequence_length}; give a number of tokens, at least 1"

@@ -1,5 +1,6 @@
 """The two tables that a conversion changes: pure functions of tensors."""
 
+import numpy as np
 import torch
 
 from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
@@ -18,6 +19,13 @@ def longer_positions(table: torch.Tensor, max_sequence_length: int, offset: int 
     special, trained = table[:offset], table[offset:]
     repeats = -(-max_sequence_length // trained.shape[0])
     return torch.cat([special, trained.repeat(repeats, 1)[:max_sequence_length]])
+
+
+def sinusoidal_positions(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Pegasus' positions: sines in the first half of the columns, cosines in the second. Shape (length, width)."""
+    column = np.arange(width)
+    angle = np.arange(length)[:, None] / np.power(10000, 2 * (column // 2) / width)
+    return torch.from_numpy(np.concatenate([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], axis=1)).to(dtype)
 
 
 def global_embeddings(

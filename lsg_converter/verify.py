@@ -55,12 +55,12 @@ def checks(source: Source, folder: Path, announce: Announce) -> Iterator[Check]:
         VerificationError: which names what does not hold.
     """
     announce("verifying the weights")
-    stock, new_weights, _ = source.load()
+    original, new_weights, _ = source.load()
     written = read_tensors(folder)
-    yield unchanged_weights(source, stock, written, new_weights)
-    yield from position_tables(source, stock, written)
-    yield global_table(source, stock, written)
-    del stock, written
+    yield unchanged_weights(source, original, written, new_weights)
+    yield from position_tables(source, original, written)
+    yield from global_table(source, original, written)
+    del original, written
 
     if source.tokenizer is not None:
         announce("verifying the tokenizer")
@@ -93,10 +93,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def unchanged_weights(
-    source: Source, stock: PreTrainedModel, written: dict[str, torch.Tensor], new_weights: list[str]
+    source: Source, original: PreTrainedModel, written: dict[str, torch.Tensor], new_weights: list[str]
 ) -> Check:
     """All weights that a conversion leaves alone equal the source's; one of those that are tied stands for all."""
-    base_class, state = source.family.base_class, stock.state_dict()
+    base_class, state = source.family.base_class, original.state_dict()
     changed = {source.prefix + name for name in (*base_class.position_tables, base_class.global_table)}
     on_disk = {tensor.data_ptr() for name, tensor in state.items() if name in written}
     compared = 0
@@ -110,38 +110,60 @@ def unchanged_weights(
     return Check("weights that stay equal the source's to the bit", f"{compared} tensors")
 
 
-def position_tables(source: Source, stock: PreTrainedModel, written: dict[str, torch.Tensor]) -> Iterator[Check]:
-    """Row `offset + i` is the source's row `offset + i mod n`."""
-    base_class = source.family.base_class
-    offset, length = base_class.position_offset, source.options.max_sequence_length
-    for name in base_class.position_tables:
-        trained = stock.state_dict()[source.prefix + name]
-        row = torch.arange(offset + length)
-        origin = torch.where(row < offset, row, offset + (row - offset) % (trained.shape[0] - offset))
-        require(same_bits(written[source.prefix + name], trained[origin]), f"{name} does not repeat the source's rows")
-        yield Check("position rows repeat the source's to the bit", f"{length} rows")
+def position_tables(source: Source, original: PreTrainedModel, written: dict[str, torch.Tensor]) -> Iterator[Check]:
+    """Row `special + i` is the source's row `special + i mod n`; or it is computed."""
+    special, length = source.special_positions, source.options.max_sequence_length
+    for table in source.family.base_class.position_tables:
+        name = source.prefix + table
+        if name not in original.state_dict():
+            continue
+        if source.family.base_class.sinusoidal_positions:
+            rows, width = written[name].double(), written[name].shape[1]
+            frequency = torch.tensor([10000.0 ** (-2 * (i // 2) / width) for i in range(width)], dtype=torch.float64)
+            angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+            expected = torch.cat([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=1)
+            tolerance = 2 * torch.finfo(written[name].dtype).eps
+            require(rows.shape == expected.shape, f"{name} has not one row for each position")
+            require(float((rows - expected).abs().max()) <= tolerance, f"{name} is not sinusoidal")
+            yield Check(f"rows of {table.removesuffix('.weight')} are sinusoidal", f"{length} rows")
+            continue
+        trained = original.state_dict()[name]
+        row = torch.arange(special + length)
+        origin = torch.where(row < special, row, special + (row - special) % (trained.shape[0] - special))
+        require(same_bits(written[name], trained[origin]), f"{name} does not repeat the source's rows")
+        yield Check(f"rows of {table.removesuffix('.weight')} repeat the source's to the bit", f"{length} rows")
 
 
-def global_table(source: Source, stock: PreTrainedModel, written: dict[str, torch.Tensor]) -> Check:
-    """Row `i` is the sum of its position, its word and its token type; the position is found by counting."""
-    base_class, state = source.family.base_class, stock.state_dict()
-    positions = state[source.prefix + base_class.position_tables[0]][base_class.position_offset :]
-    words, token_type = source.global_words(stock), source.token_type(state)
+def global_table(source: Source, original: PreTrainedModel, written: dict[str, torch.Tensor]) -> Iterator[Check]:
+    """Row `i` is the sum of its position, word and token type, with the position found by counting; or it is kept."""
+    base_class, state, options = source.family.base_class, original.state_dict(), source.options
+    name = source.prefix + base_class.global_table
+    if source.prefix + base_class.position_tables[0] not in state:
+        return
+    table = written[name]
+    require(bool(table.isfinite().all()), "a global token is not finite")
+    kept = MAX_GLOBAL_TOKENS if options.resize_lsg else int(options.keep_first_global_token)
+    if kept:
+        require(same_bits(table[:kept], state[name][:kept]), "the global tokens are not the source's")
+        yield Check("global tokens equal the source's to the bit", f"{kept} rows")
+    if kept == MAX_GLOBAL_TOKENS:
+        return
+    positions = state[source.prefix + base_class.position_tables[0]][source.special_positions :]
+    words, token_type = source.global_words(original), source.token_type(state)
     step = max(len(positions) // MAX_GLOBAL_TOKENS, 1)
-    stride = max(source.options.global_positional_stride // step, 1)
+    stride = max(options.global_positional_stride // step, 1)
     while MAX_GLOBAL_TOKENS % stride:
         stride -= 1
     origin = [start for first in range(stride) for start in range(first, MAX_GLOBAL_TOKENS, stride)]
-    table = written[source.prefix + base_class.global_table]
-    for row, start in enumerate(origin):
-        expected = positions[start * step % len(positions)].float() + words[row]
+    for row in range(kept, MAX_GLOBAL_TOKENS):
+        expected = positions[origin[row] * step % len(positions)].float() + words[row]
         if token_type is not None:
             expected = expected + token_type.float()
         require(
             same_bits(table[row], expected.to(positions.dtype)), f"row {row} of the global tokens is not as it should"
         )
-    require(bool(table.isfinite().all()), "a global token is not finite")
-    return Check("global tokens are position + word + token type, to the bit", f"{len(table)} rows")
+    parts = "position + word" + ("" if token_type is None else " + token type")
+    yield Check(f"global tokens are {parts}, to the bit", f"{len(table) - kept} rows")
 
 
 def same_tokenizer(source: Source, folder: Path) -> Check:
@@ -168,14 +190,22 @@ def dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
+def read(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The states of a text, shape (rows, tokens, width), and, of an encoder-decoder, those of a few decoded tokens."""
+    if not model.config.is_encoder_decoder:
+        return [model(input_ids=ids, attention_mask=mask).last_hidden_state]
+    outputs = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :5])
+    return [outputs.encoder_last_hidden_state[:, -ids.shape[1] :], outputs.last_hidden_state]
+
+
 @torch.no_grad()
 def finite_output(model: PreTrainedModel, tokens: int) -> Check:
     """A text of `tokens` tokens gives as many finite states."""
     start = time.perf_counter()
-    states = model(input_ids=random_ids(model, 1, tokens)).last_hidden_state
+    states = read(model, random_ids(model, 1, tokens))
     seconds = time.perf_counter() - start
-    require(states.shape[1] == tokens, f"{tokens} tokens give {states.shape[1]} states")
-    require(bool(states.isfinite().all()), f"{tokens} tokens give states that are not finite")
+    require(states[0].shape[1] == tokens, f"{tokens} tokens give {states[0].shape[1]} states")
+    require(all(bool(part.isfinite().all()) for part in states), f"{tokens} tokens give states that are not finite")
     return Check(f"{tokens} tokens give finite states", f"{dtype_name(model)}, {seconds:.1f} s")
 
 
@@ -185,11 +215,15 @@ def padding_invariance(model: PreTrainedModel, limit: int) -> Check:
     padded_length = fitting(model, min(4 * model.config.block_size + 1, limit))
     length = fitting(model, -(-5 * padded_length // 8))
     ids = random_ids(model, 2, padded_length)
+    # RoBERTa-like models count positions by ids, so a padding id would be one more difference.
+    ids[ids == model.config.pad_token_id] += 1
     mask = torch.ones_like(ids)
     mask[0, length:] = 0
-    alone = model(input_ids=ids[:1, :length]).last_hidden_state
-    padded = model(input_ids=ids, attention_mask=mask).last_hidden_state[:1, :length]
-    difference = float((alone - padded).abs().max() / alone.abs().max())
+    alone = read(model, ids[:1, :length])
+    padded = read(model, ids, mask)
+    difference = max(
+        float((a - b[:1, : a.shape[1]]).abs().max() / a.abs().max()) for a, b in zip(alone, padded, strict=True)
+    )
     require(difference <= PADDING_TOLERANCE, f"padding changes a row by {difference:.1e}")
     return Check(f"{length} tokens give the same alone and padded to {padded_length}", f"{difference:.0e}, float64")
 
@@ -216,9 +250,11 @@ def run_head(name: str, model: PreTrainedModel, limit: int) -> HeadRun:
 
     def forward(tokens: int) -> torch.Tensor:
         ids = random_ids(model, 1, tokens)
-        if name == "AutoModelForMultipleChoice":
-            ids = ids[:, None]
-        outputs = [value for value in model(input_ids=ids).values() if torch.is_tensor(value)]
+        inputs = {"input_ids": ids[:, None] if name == "AutoModelForMultipleChoice" else ids}
+        if model.config.is_encoder_decoder:
+            ids[:, -1] = model.config.eos_token_id  # where the classifying heads look
+            inputs["decoder_input_ids"] = ids
+        outputs = [value for value in model(**inputs).values() if torch.is_tensor(value)]
         total = torch.stack([output.float().mean() for output in outputs]).sum()
         require(bool(total.isfinite()), f"{name} gives values that are not finite")
         return total

@@ -22,8 +22,12 @@ for auto_class in auto_classes:
                                                               sparse_block_size=4, sparsity_type="bos_pooling").eval()
     assert type(model).__name__.startswith("LSG"), type(model)
     ids = torch.arange(5, 45)[None]
+    inputs = {"input_ids": ids[:, None] if auto_class == "AutoModelForMultipleChoice" else ids}
+    if model.config.is_encoder_decoder:
+        ids[0, -1] = model.config.eos_token_id
+        inputs["decoder_input_ids"] = ids
     with torch.no_grad():
-        output = model(ids[:, None] if auto_class == "AutoModelForMultipleChoice" else ids)[0]
+        output = model(**inputs)[0]
     assert output.isfinite().all()
     if auto_class == "AutoModel":
         print(json.dumps(output[0, 7].tolist()))
@@ -66,13 +70,20 @@ def test_fresh_process(converted, golden, tmp_path, place):
         converted, trust_remote_code=True, block_size=4, sparse_block_size=4, sparsity_type="bos_pooling"
     ).eval()
     with torch.no_grad():
-        expected = model(torch.arange(5, 45)[None])[0][0, 7]
+        expected = model(**inputs_of(model))[0][0, 7]
     torch.testing.assert_close(torch.tensor(json.loads(result.stdout)), expected, rtol=0, atol=1e-5)
+
+
+def inputs_of(model):
+    ids = torch.arange(5, 45)[None]
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    ids[0, -1] = model.config.eos_token_id
+    return {"input_ids": ids, "decoder_input_ids": ids}
 
 
 def test_two_folders_with_one_name(converted, tmp_path):
     """Each runs its own code."""
-    ids = torch.arange(5, 45)[None]
     models = []
     for place in ("a", "b"):
         folder = tmp_path / place / "lsg-model"
@@ -86,7 +97,7 @@ def test_two_folders_with_one_name(converted, tmp_path):
     modules = [sys.modules[type(model).__module__.rsplit(".", 1)[0] + ".lsg_modeling"] for model in models]
     assert not hasattr(modules[0], "MARK") and hasattr(modules[1], "MARK")
     with torch.no_grad():
-        assert torch.equal(*(model(ids).last_hidden_state for model in models))
+        assert torch.equal(*(model(**inputs_of(model))[0] for model in models))
 
 
 def test_shipped_files_are_those_of_the_package(converted):

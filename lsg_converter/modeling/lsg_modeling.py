@@ -4,14 +4,18 @@ A family's classes are its stock classes of Transformers with one of these mixed
 Transformers: LSG lives in the modules of a model, and `config._attn_implementation` picks its kernel.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import strict
 from transformers.utils import logging
 
@@ -53,10 +57,14 @@ class LSGConfig:
     lsh_seed: int = 0
     adaptive: bool = True
 
+    # Whether `is_decoder` may be set, which Transformers does where a sequence-to-sequence model is only its decoder.
+    may_be_decoder: ClassVar[bool] = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A subclass of a strict configuration is strict only if it is made so again.
         super().__init_subclass__(**kwargs)
-        strict(cls)
+        if issubclass(cls, PreTrainedConfig):
+            strict(cls)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -88,7 +96,8 @@ class LSGConfig:
         require(
             "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
         )
-        require("is_decoder", not getattr(self, "is_decoder", False), "False: LSG has no causal form yet")
+        causal = getattr(self, "is_decoder", False) and not self.may_be_decoder
+        require("is_decoder", not causal, "False: LSG has no causal form yet")
         require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
         if factor and sparse:
             chunk = min(block, sparse)
@@ -117,6 +126,19 @@ class LSGConfig:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
+class LSGSeq2SeqConfig(LSGConfig):
+    """The fields for encoder-decoder models, whose encoder has LSG.
+
+    Args:
+        pass_global_tokens_to_decoder: whether the decoder sees the global tokens' final states too; then nothing is
+            pooled with them.
+    """
+
+    pass_global_tokens_to_decoder: bool = True
+    may_be_decoder: ClassVar[bool] = True
+
+
 class LSGEmbeddings:
     """Mixed into a family's embeddings: global tokens stand in front of the text.
 
@@ -128,68 +150,105 @@ class LSGEmbeddings:
     dropout: nn.Dropout
 
     def adopt(self, config: Any) -> None:
-        self.config = config
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, self.LayerNorm.weight.shape[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         text = super().forward(*args, **kwargs)  # type: ignore[misc]
-        index = torch.arange(self.config.num_global_tokens, device=text.device)
-        tokens = self.LayerNorm(self.global_embeddings(index).expand(text.shape[0], -1, -1))
+        tokens = self.LayerNorm(global_tokens(self, text))
         return torch.cat([self.dropout(tokens), text], dim=1)
 
 
-class LSGSelfAttention:
-    """Mixed into a BERT-like self-attention: its projections, then `lsg_attention`."""
+def global_tokens(module: Any, text: torch.Tensor) -> torch.Tensor:
+    """The embeddings of the global tokens for a batch, shape (batch, g, width), before LayerNorm and dropout."""
+    index = torch.arange(module.config.num_global_tokens, device=text.device)
+    return module.global_embeddings(index).expand(text.shape[0], -1, -1)
+
+
+class LSGPositions:
+    """Mixed into the position embeddings of an encoder: the global tokens in front have no position."""
 
     config: Any
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention_head_size: int
-    dropout: nn.Dropout
+
+    def forward(self, tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`tokens` has the shape of the input, (batch, g + t), or is this shape."""
+        g = self.config.num_global_tokens
+        text = tokens[:, g:] if torch.is_tensor(tokens) else torch.Size((tokens[0], tokens[1] - g))
+        return F.pad(super().forward(text, *args, **kwargs), (0, 0, g, 0))  # type: ignore[misc]
+
+
+class LSGSelfAttention:
+    """Mixed into a self-attention: its projections, then `lsg_attention`, then what the family does with the result."""
+
+    config: Any
     training: bool
+    projections: ClassVar[tuple[str, str, str]] = ("query", "key", "value")
+    dropout_name: ClassVar[str] = "dropout"
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t)."""
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
+            getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+            for name in self.projections
         )
+        dropout = getattr(self, self.dropout_name)
         output, probabilities = lsg_attention(
             query,
             key,
             value,
             attention_mask[:, 0, 0],
             **self.config.attention_arguments,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
             kernel=self.config._attn_implementation,
         )
-        return output.transpose(1, 2).flatten(2), probabilities
+        return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
+
+    def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a family's attention module does with its heads' outputs and its input, (batch, g + t, width) each."""
+        return output
+
+
+class LSGSeq2SeqAttention(LSGSelfAttention):
+    """Mixed into the self-attention of a BART-like encoder."""
+
+    projections: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
+
+    def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(output)  # type: ignore[attr-defined]
+
+
+def cut_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
+    """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width)."""
+    g = config.num_global_tokens
+    if config.pool_with_global and g > 0:
+        return torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
+    return states[:, g:]
 
 
 class LSGEncoder:
-    """Mixed into a family's encoder: what leaves it has the positions of the text."""
+    """Mixed into a family's encoder: what leaves it, and reaches poolers and heads, has the positions of the text."""
 
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
-        states, g = outputs.last_hidden_state, self.config.num_global_tokens
-        if self.config.pool_with_global and g > 0:
-            outputs["last_hidden_state"] = torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
-        else:
-            outputs["last_hidden_state"] = states[:, g:]
+        outputs["last_hidden_state"] = cut_global_tokens(outputs.last_hidden_state, self.config)
         return outputs
 
 
-def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a base model's forward serve global tokens: mask them in, and cut them off what was captured on the way.
+def argument_names(stock_forward: Callable[..., Any]) -> list[str]:
+    """The names of a method's arguments but for `self` and `**kwargs`."""
+    return [name for name in signature(stock_forward).parameters if name not in ("self", "kwargs")]
 
-    The result has the stock signature. It returns hidden states of `t` positions. With "eager", `attentions` holds what
-    the text attends to: (batch, heads, t, t) for a text of at most two blocks, else (batch, heads, t, keys), with the
-    keys in the order that `lsg_attention` states; `global_attentions` holds (batch, heads, g, g + t).
+
+def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the forward of a model that reads a text serve global tokens: put them in, and cut them off what it gives.
+
+    The result has the stock signature. It returns hidden states of `t` positions (`g + t` where an encoder passes its
+    global tokens to the decoder). With "eager", `attentions` holds what the text attends to: (batch, heads, t, t) for a
+    text of at most two blocks, else (batch, heads, t, keys), with the keys in the order that `lsg_attention` states;
+    `global_attentions` holds (batch, heads, g, g + t).
     """
-    names = list(signature(stock_forward).parameters)[1:]
+    names = argument_names(stock_forward)
 
     @wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,36 +259,26 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if tokens is not None:
             self.check_input(tokens, kwargs)
             kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
+            self.put_in(kwargs)
         outputs = stock_forward(self, **kwargs, return_dict=True)
-
-        g = self.config.num_global_tokens
-        if outputs.get("hidden_states"):
-            *inner, last = outputs["hidden_states"]
-            inner = [None if states is None else states[:, g:] for states in inner]
-            outputs["hidden_states"] = (*inner, last)
-        if outputs.get("attentions"):
-            text, to_all = zip(*outputs["attentions"], strict=True)
-            full = text[0].shape[-1] == to_all[0].shape[-1]
-            outputs["attentions"] = tuple(probabilities[..., g:] for probabilities in text) if full else text
-            outputs["global_attentions"] = to_all
+        self.cut_off(outputs)
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
 
 
-class LSGModel:
-    """Mixed into a family's base model.
+class LSGReader:
+    """Mixed into a model that reads a text: a base model, or an encoder.
 
-    `lsg_modules` says which stock modules become which; `position_offset` how many rows of a position table come before
-    that of the first token; `global_token_type` whether the globals carry token type 0.
+    `lsg_modules` says which stock modules inside it become which.
     """
 
     config_class: Any
-    lsg_modules: ClassVar[Mapping[type[nn.Module], type[nn.Module]]]
-    position_tables: ClassVar[tuple[str, ...]] = ("embeddings.position_embeddings.weight",)
-    global_table: ClassVar[str] = "embeddings.global_embeddings.weight"
+    lsg_modules: ClassVar[Mapping[type[nn.Module], type]]
+    # Rows of a position table before that of the first token, which config.max_position_embeddings does not count.
     position_offset: ClassVar[int] = 0
-    global_token_type: ClassVar[bool] = False
+    # Whether they are instead those up to the padding id, and counted.
+    positions_follow_padding: ClassVar[bool] = False
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -239,17 +288,32 @@ class LSGModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # In place: the modules keep their weights, and what the stock constructor set on them.
         for module in list(self.modules()):  # type: ignore[attr-defined]
-            lsg_class = self.lsg_modules.get(type(module))
-            if lsg_class is not None:
-                module.__class__ = lsg_class
-                if issubclass(lsg_class, LSGEmbeddings):
+            mixin = self.lsg_modules.get(type(module))
+            if mixin is not None:
+                module.__class__ = lsg_class(mixin, type(module), type(self).__module__)
+                module.config = config
+                if issubclass(mixin, LSGEmbeddings):
                     module.adopt(config)
+        self.adopt(config)
         self.post_init()  # type: ignore[attr-defined]
+
+    def adopt(self, config: Any) -> None:
+        """What a model adds to itself beside its modules."""
+
+    @classmethod
+    def special_positions(cls, config: Any) -> int:
+        """Rows of a position table before that of the first token."""
+        return config.pad_token_id + 1 if cls.positions_follow_padding else cls.position_offset
+
+    @classmethod
+    def counted_positions(cls, config: Any) -> int:
+        """How many of them `config.max_position_embeddings` counts."""
+        return cls.special_positions(config) if cls.positions_follow_padding else 0
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where a text does not fit this checkpoint, or the kernel cannot give what is asked for."""
         config, length = self.config, tokens.shape[1]  # type: ignore[attr-defined]
-        limit = config.max_position_embeddings - self.position_offset
+        limit = config.max_position_embeddings - self.counted_positions(config)
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
         if length > limit and arguments.get("position_ids") is None:
@@ -292,27 +356,156 @@ class LSGModel:
         keep = torch.cat([keep.new_ones(shape[0], config.num_global_tokens), keep], dim=1)
         return keep[:, None, None]
 
+    def put_in(self, arguments: dict[str, Any]) -> None:
+        """Put the global tokens in front of the text, where the embeddings do not."""
 
-class LSGHead:
-    """Mixed into a family's model with a head: its base model is `lsg_model_class`."""
+    def cut_off(self, outputs: Any) -> None:
+        """Cut the global tokens off what was captured on the way; the last state has left the encoder without them."""
+        g = self.config.num_global_tokens  # type: ignore[attr-defined]
+        if outputs.get("hidden_states"):
+            *inner, last = outputs["hidden_states"]
+            outputs["hidden_states"] = (*(None if states is None else states[:, g:] for states in inner), last)
+        split_attentions(outputs, g)
 
-    lsg_model_class: ClassVar[Any]
+
+def split_attentions(outputs: Any, g: int) -> None:
+    """Part the captured probabilities into those of the text and those of the global tokens."""
+    if outputs.get("attentions"):
+        text, to_all = zip(*outputs["attentions"], strict=True)
+        full = text[0].shape[-1] == to_all[0].shape[-1]
+        outputs["attentions"] = tuple(probabilities[..., g:] for probabilities in text) if full else text
+        outputs["global_attentions"] = to_all
+
+
+class LSGModel(LSGReader):
+    """Mixed into the base model of a BERT-like family.
+
+    `global_token_type` says whether the global tokens carry token type 0.
+    """
+
+    position_tables: ClassVar[tuple[str, ...]] = ("embeddings.position_embeddings.weight",)
+    global_table: ClassVar[str] = "embeddings.global_embeddings.weight"
+    global_token_type: ClassVar[bool] = False
+    sinusoidal_positions: ClassVar[bool] = False
+
+
+class LSGSeq2SeqEncoder(LSGReader):
+    """Mixed into the encoder of an encoder-decoder family.
+
+    `scales_outside` says whether the encoder scales the word embeddings, and not the embedding module.
+    """
+
+    scales_outside: ClassVar[bool] = False
+
+    def adopt(self, config: Any) -> None:
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
+
+    def put_in(self, arguments: dict[str, Any]) -> None:
+        text = arguments.get("inputs_embeds")
+        if text is None:
+            text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
+            if self.scales_outside:
+                text = text * self.embed_scale  # type: ignore[attr-defined]
+        arguments["inputs_embeds"] = torch.cat([global_tokens(self, text).to(text.dtype), text], dim=1)
+
+    def cut_off(self, outputs: Any) -> None:
+        config = self.config  # type: ignore[attr-defined]
+        if config.pass_global_tokens_to_decoder:
+            split_attentions(outputs, config.num_global_tokens)
+            return
+        outputs["last_hidden_state"] = cut_global_tokens(outputs.last_hidden_state, config)
+        if outputs.get("hidden_states"):
+            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], outputs.last_hidden_state)
+        super().cut_off(outputs)
+
+
+class LSGWrapper:
+    """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends."""
+
+    lsg_part_class: ClassVar[Any]
+    config_class: Any
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        if hasattr(cls, "lsg_model_class"):
-            cls.config_class = cls.lsg_model_class.config_class  # type: ignore[attr-defined]
-        super().__init_subclass__(**kwargs)
-
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if checkpointing:  # The stock base model took it out of the configuration; ours asks for it again.
-            config.gradient_checkpointing = True
-        stock = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
-        options = {"add_pooling_layer": stock.pooler is not None} if hasattr(stock, "pooler") else {}
-        setattr(self, self.base_model_prefix, self.lsg_model_class(config, **options))  # type: ignore[attr-defined]
+        for name, part in list(self.named_children()):  # type: ignore[attr-defined]
+            if type(part) is self.lsg_part_class.__bases__[-1]:
+                if checkpointing:  # The stock part took it out of the configuration; ours asks for it again.
+                    config.gradient_checkpointing = True
+                options = {"add_pooling_layer": part.pooler is not None} if hasattr(part, "pooler") else {}
+                setattr(self, name, self.lsg_part_class(config, **options))
         self.post_init()  # type: ignore[attr-defined]
+
+
+class LSGSeq2SeqModel(LSGWrapper):
+    """Mixed into the base model of an encoder-decoder family: its encoder has LSG, its decoder is the stock one."""
+
+    position_tables: ClassVar[tuple[str, ...]] = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
+    global_table: ClassVar[str] = "encoder.global_embeddings.weight"
+    global_token_type: ClassVar[bool] = False
+    sinusoidal_positions: ClassVar[bool] = False
+
+    @classmethod
+    def special_positions(cls, config: Any) -> int:
+        """As `LSGReader.special_positions`."""
+        return cls.lsg_part_class.special_positions(config)
+
+    @classmethod
+    def counted_positions(cls, config: Any) -> int:
+        """As `LSGReader.counted_positions`."""
+        return cls.lsg_part_class.counted_positions(config)
+
+
+def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on."""
+    names = argument_names(stock_forward)
+
+    @wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("encoder_outputs") is None:
+            others = {name: value for name, value in kwargs.items() if name not in (*names, "return_dict")}
+            kwargs["encoder_outputs"] = self.encoder(
+                input_ids=kwargs.get("input_ids"),
+                attention_mask=mask,
+                inputs_embeds=kwargs.get("inputs_embeds"),
+                return_dict=True,
+                **others,
+            )
+        if mask is not None:
+            passed = kwargs["encoder_outputs"][0].shape[1] - mask.shape[-1]
+            kwargs["attention_mask"] = F.pad(mask, (passed, 0), value=1)
+        return stock_forward(self, **kwargs)
+
+    return forward
+
+
+def lsg_class(mixin: type, stock: type, module: str, **attributes: Any) -> type:
+    """The class of `mixin` over `stock`, named LSG..., which `module` holds so that it can be pickled."""
+    namespace = vars(sys.modules[module])
+    name = f"LSG{stock.__name__}"
+    if issubclass(mixin, stock):
+        return mixin
+    if name not in namespace:
+        namespace[name] = type(name, (mixin, stock), {"__module__": module, "__doc__": stock.__doc__, **attributes})
+    return namespace[name]
+
+
+def define_heads(base_class: Any, stock_module: ModuleType) -> None:
+    """Define, beside `base_class`, an LSG class for every model with a head in a family's module of Transformers."""
+    stock_base = base_class.__bases__[-1]
+    for name, stock in list(vars(stock_module).items()):
+        if (
+            isinstance(stock, type)
+            and issubclass(stock, PreTrainedModel)
+            and stock.__module__ == stock_module.__name__
+            and name.startswith(stock_base.__name__.removesuffix("Model"))
+            and ("For" in name or "LMHead" in name)
+        ):
+            attributes = {"config_class": base_class.config_class, "lsg_part_class": base_class}
+            lsg_class(LSGWrapper, stock, base_class.__module__, **attributes)

@@ -6,9 +6,9 @@ from .lsg_modeling import (
     LSGConfig,
     LSGEmbeddings,
     LSGEncoder,
-    LSGHead,
     LSGModel,
     LSGSelfAttention,
+    define_heads,
     with_global_tokens,
 )
 
@@ -16,49 +16,15 @@ from .lsg_modeling import (
 class LSGBertConfig(LSGConfig, configuration_bert.BertConfig): ...
 
 
-class LSGBertEmbeddings(LSGEmbeddings, bert.BertEmbeddings): ...
-
-
-class LSGBertSelfAttention(LSGSelfAttention, bert.BertSelfAttention): ...  # type: ignore[misc]
-
-
-class LSGBertEncoder(LSGEncoder, bert.BertEncoder): ...
-
-
 class LSGBertModel(LSGModel, bert.BertModel):
     config_class = LSGBertConfig
     lsg_modules = {
-        bert.BertEmbeddings: LSGBertEmbeddings,
-        bert.BertSelfAttention: LSGBertSelfAttention,
-        bert.BertEncoder: LSGBertEncoder,
+        bert.BertEmbeddings: LSGEmbeddings,
+        bert.BertSelfAttention: LSGSelfAttention,
+        bert.BertEncoder: LSGEncoder,
     }
     global_token_type = True
     forward = with_global_tokens(bert.BertModel.forward)
 
 
-class LSGBertHead(LSGHead):
-    lsg_model_class = LSGBertModel
-
-
-class LSGBertForPreTraining(LSGBertHead, bert.BertForPreTraining): ...
-
-
-class LSGBertForMaskedLM(LSGBertHead, bert.BertForMaskedLM): ...
-
-
-class LSGBertLMHeadModel(LSGBertHead, bert.BertLMHeadModel): ...
-
-
-class LSGBertForNextSentencePrediction(LSGBertHead, bert.BertForNextSentencePrediction): ...
-
-
-class LSGBertForSequenceClassification(LSGBertHead, bert.BertForSequenceClassification): ...
-
-
-class LSGBertForMultipleChoice(LSGBertHead, bert.BertForMultipleChoice): ...
-
-
-class LSGBertForTokenClassification(LSGBertHead, bert.BertForTokenClassification): ...
-
-
-class LSGBertForQuestionAnswering(LSGBertHead, bert.BertForQuestionAnswering): ...
+define_heads(LSGBertModel, bert)
