@@ -436,7 +436,11 @@ class LSGWrapper:
             if type(part) is self.lsg_part_class.__bases__[-1]:
                 if checkpointing:  # The stock part took it out of the configuration; ours asks for it again.
                     config.gradient_checkpointing = True
-                options = {"add_pooling_layer": part.pooler is not None} if hasattr(part, "pooler") else {}
+                options = {}
+                if hasattr(part, "pooler"):
+                    # In Transformers 5.10 some multiple-choice models lack the pooler that they read.
+                    pools = part.pooler is not None or type(self).__name__.endswith("ForMultipleChoice")
+                    options["add_pooling_layer"] = pools
                 setattr(self, name, self.lsg_part_class(config, **options))
         self.post_init()  # type: ignore[attr-defined]
 
