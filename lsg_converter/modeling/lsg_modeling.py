@@ -267,7 +267,16 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-class LSGReader:
+class LSGKernels:
+    """What Transformers asks a model class about its kernels: LSG has its own "eager" and "sdpa", and no others."""
+
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+
+class LSGReader(LSGKernels):
     """Mixed into a model that reads a text: a base model, or an encoder.
 
     `lsg_modules` says which stock modules inside it become which.
@@ -279,10 +288,6 @@ class LSGReader:
     position_offset: ClassVar[int] = 0
     # Whether they are instead those up to the padding id, and counted.
     positions_follow_padding: ClassVar[bool] = False
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -419,15 +424,11 @@ class LSGSeq2SeqEncoder(LSGReader):
         super().cut_off(outputs)
 
 
-class LSGWrapper:
+class LSGWrapper(LSGKernels):
     """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends."""
 
     lsg_part_class: ClassVar[Any]
     config_class: Any
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
@@ -491,11 +492,13 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def lsg_class(mixin: type, stock: type, module: str, **attributes: Any) -> type:
     """The class of `mixin` over `stock`, named LSG..., which `module` holds so that it can be pickled."""
-    namespace = vars(sys.modules[module])
-    name = f"LSG{stock.__name__}"
     if issubclass(mixin, stock):
         return mixin
-    if name not in namespace:
+    namespace = vars(sys.modules[module])
+    name = f"LSG{stock.__name__}"
+    known = namespace.get(name)
+    # Heads are always made anew: a module that is loaded again has another base class for them.
+    if known is None or not issubclass(known, mixin) or attributes:
         namespace[name] = type(name, (mixin, stock), {"__module__": module, "__doc__": stock.__doc__, **attributes})
     return namespace[name]
 
