@@ -48,3 +48,18 @@ def test_what_stands_late_in_a_long_text_is_found(lsg_minilm):
     queries = ["How do I bake bread?", "Astronomers observe a galaxy", "Who won the football match?"]
     scores = embed(model, tokenizer, queries) @ embed(model, tokenizer, documents).T
     assert scores.argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_sentence_transformers(lsg_minilm, tmp_path):
+    """It loads, embeds a long text to its end, saves and loads again."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(lsg_minilm), trust_remote_code=True, device="cpu")
+    assert model.max_seq_length == 4096
+    texts = [
+        "The committee met in the town hall. " * 300 + end for end in ("A telescope saw a galaxy.", "Bread is baked.")
+    ]
+    embeddings = model.encode(texts)
+    assert abs(embeddings[0] - embeddings[1]).max() > 1e-4
+    model.save(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    assert abs(again.encode(texts) - embeddings).max() < 1e-6

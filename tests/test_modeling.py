@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -448,6 +449,28 @@ def test_compiles_as_one_graph(load):
         ids = ids_of(model, 2, tokens)
         close(compiled(ids, torch.ones_like(ids)).last_hidden_state, states(model, ids))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_autocast_is_finite(load, kind):
+    model = load(sparsity_type=kind).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids_of(model, 2, 30)).last_hidden_state
+    output.float().square().mean().backward()
+    assert output.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_numbers_of_global_tokens(load):
+    """Each number gives a text of its length; more tokens see more."""
+    results = []
+    for count in (0, 1, 7, 512):
+        model = load(num_global_tokens=count)
+        for tokens in (1, 8, 9, 30):
+            output = states(model, ids_of(model, 2, tokens))
+            assert output.shape[:2] == (2, tokens) and output.isfinite().all()
+        results.append(output)
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in pairwise(results))
 
 
 def test_stock_and_lsg_models_live_in_one_process(load, golden, family):
