@@ -105,7 +105,7 @@ def describe(report: ConversionReport) -> str:
             for run in report.heads
         ]
         lines.append("")
-    names = report.auto_class + (", AutoTokenizer" if (has_tokenizer := "tokenizer" in str(report.checks)) else "")
+    names = report.auto_class + (", AutoTokenizer" if report.has_tokenizer else "")
     lines += [
         f"written       {options.model_name}",
         "",
@@ -115,7 +115,7 @@ def describe(report: ConversionReport) -> str:
         "",
         f"    model = {report.auto_class}.from_pretrained({options.model_name!r}, trust_remote_code=True)",
     ]
-    if has_tokenizer:
+    if report.has_tokenizer:
         lines.append(f"    tokenizer = AutoTokenizer.from_pretrained({options.model_name!r})")
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """The story of a conversion: read, build, operate, write, verify."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, surgery, verify
 from .checkpoint import Source, first_line, staged, write_tokenizer
-from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
 from .options import ConversionOptions, OptionError, parse_literals
 
 
@@ -26,6 +24,7 @@ class ConversionReport:
         model_type, architecture: the family, and the class of the written model.
         auto_class: the class of Transformers that loads it.
         lsg: the LSG fields of its configuration.
+        has_tokenizer: whether a tokenizer was written.
         source_positions, positions: tokens that the source could read, and that the written model can.
         new_weights, dropped_weights: names of weights that a change of head made or left out.
         warnings: what a user should know.
@@ -38,6 +37,7 @@ class ConversionReport:
     architecture: str
     auto_class: str
     lsg: dict[str, Any]
+    has_tokenizer: bool
     source_positions: int
     positions: int
     new_weights: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class ConversionReport:
     heads: list[verify.HeadRun] = field(default_factory=list)
 
 
-def convert(options: ConversionOptions, announce: Callable[[str], None] = lambda step: None) -> ConversionReport:
+def convert(options: ConversionOptions, announce: verify.Announce = lambda step: None) -> ConversionReport:
     """Convert a model, write it to `options.model_name`, and prove what was written.
 
     Args:
@@ -69,6 +69,7 @@ def convert(options: ConversionOptions, announce: Callable[[str], None] = lambda
         architecture=source.lsg_class.__name__,
         auto_class=source.family.auto_class(source.lsg_class),
         lsg={name: getattr(config, name) for name in source.family.lsg_fields},
+        has_tokenizer=source.tokenizer is not None,
         source_positions=source.positions,
         positions=options.max_sequence_length,
         warnings=list(source.warnings),
@@ -76,7 +77,7 @@ def convert(options: ConversionOptions, announce: Callable[[str], None] = lambda
     if report.positions < report.source_positions:
         lost = report.source_positions - report.positions
         report.warnings.append(f"the last {lost} of the source's {report.source_positions} positions are lost")
-    if source.tokenizer is None:
+    if not report.has_tokenizer:
         report.warnings.append("the source has no tokenizer, so none was written")
 
     with staged(options.model_name) as folder:
@@ -137,7 +138,7 @@ def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tenso
             options.global_positional_stride,
         )
         if options.keep_first_global_token:
-            table = torch.cat([state[global_name][:1], table[1:MAX_GLOBAL_TOKENS]])
+            table = torch.cat([state[global_name][:1], table[1:]])
         tables[global_name] = table
     return tables
 
@@ -191,6 +192,5 @@ class LSGConverter:
             report = convert(options)
             auto_class = families.auto_class(report.auto_class)
             model = auto_class.from_pretrained(target, trust_remote_code=True, dtype="auto")
-            has_tokenizer = (target / "tokenizer_config.json").exists()
-            tokenizer = AutoTokenizer.from_pretrained(target) if has_tokenizer else None
+            tokenizer = AutoTokenizer.from_pretrained(target) if report.has_tokenizer else None
         return model, tokenizer

@@ -113,9 +113,10 @@ def unchanged_weights(
 def position_tables(source: Source, original: PreTrainedModel, written: dict[str, torch.Tensor]) -> Iterator[Check]:
     """Row `special + i` is the source's row `special + i mod n`; or it is computed."""
     special, length = source.special_positions, source.options.max_sequence_length
+    state = original.state_dict()
     for table in source.family.base_class.position_tables:
         name = source.prefix + table
-        if name not in original.state_dict():
+        if name not in state:
             continue
         if source.family.base_class.sinusoidal_positions:
             rows, width = written[name].double(), written[name].shape[1]
@@ -127,7 +128,7 @@ def position_tables(source: Source, original: PreTrainedModel, written: dict[str
             require(float((rows - expected).abs().max()) <= tolerance, f"{name} is not sinusoidal")
             yield Check(f"rows of {table.removesuffix('.weight')} are sinusoidal", f"{length} rows")
             continue
-        trained = original.state_dict()[name]
+        trained = state[name]
         row = torch.arange(special + length)
         origin = torch.where(row < special, row, special + (row - special) % (trained.shape[0] - special))
         require(same_bits(written[name], trained[origin]), f"{name} does not repeat the source's rows")
