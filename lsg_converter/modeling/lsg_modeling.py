@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -279,21 +278,29 @@ class LSGKernels:
 class LSGReader(LSGKernels):
     """Mixed into a model that reads a text: a base model, or an encoder.
 
-    `lsg_modules` says which stock modules inside it become which.
+    `lsg_modules` says which stock modules inside it become which; the names are those of their classes, without the
+    family's in front.
     """
 
     config_class: Any
-    lsg_modules: ClassVar[Mapping[type[nn.Module], type]]
+    lsg_modules: ClassVar[Mapping[str, type]]
     # Rows of a position table before that of the first token, which config.max_position_embeddings does not count.
     position_offset: ClassVar[int] = 0
     # Whether they are instead those up to the padding id, and counted.
     positions_follow_padding: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = cls.__bases__[-1]
+        if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGReader):
+            cls.forward = with_global_tokens(stock.forward)  # type: ignore[attr-defined]
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        family = family_name(type(self))
         # In place: the modules keep their weights, and what the stock constructor set on them.
         for module in list(self.modules()):  # type: ignore[attr-defined]
-            mixin = self.lsg_modules.get(type(module))
+            mixin = self.lsg_modules.get(type(module).__name__.removeprefix(family))
             if mixin is not None:
                 module.__class__ = lsg_class(mixin, type(module), type(self).__module__)
                 module.config = config
@@ -316,7 +323,7 @@ class LSGReader(LSGKernels):
         return cls.special_positions(config) if cls.positions_follow_padding else 0
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
-        """Raise ValueError where a text does not fit this checkpoint, or the kernel cannot give what is asked for."""
+        """Raise ValueError where a text does not fit this checkpoint; warn of what the kernel cannot give."""
         config, length = self.config, tokens.shape[1]  # type: ignore[attr-defined]
         limit = config.max_position_embeddings - self.counted_positions(config)
         if length == 0:
@@ -337,8 +344,8 @@ class LSGReader(LSGKernels):
             )
         wanted = arguments.get("output_attentions")
         if (config.output_attentions if wanted is None else wanted) and config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions: the {config._attn_implementation!r} kernel holds no probabilities; "
+            logger.warning_once(
+                f"output_attentions: the {config._attn_implementation!r} kernel holds no probabilities and gives none; "
                 "load the model with attn_implementation='eager'"
             )
 
@@ -388,6 +395,12 @@ class LSGModel(LSGReader):
     `global_token_type` says whether the global tokens carry token type 0.
     """
 
+    lsg_modules = {
+        "Embeddings": LSGEmbeddings,
+        "SelfAttention": LSGSelfAttention,
+        "Encoder": LSGEncoder,
+        "Transformer": LSGEncoder,
+    }
     position_tables: ClassVar[tuple[str, ...]] = ("embeddings.position_embeddings.weight",)
     global_table: ClassVar[str] = "embeddings.global_embeddings.weight"
     global_token_type: ClassVar[bool] = False
@@ -400,6 +413,11 @@ class LSGSeq2SeqEncoder(LSGReader):
     `scales_outside` says whether the encoder scales the word embeddings, and not the embedding module.
     """
 
+    lsg_modules = {
+        "LearnedPositionalEmbedding": LSGPositions,
+        "SinusoidalPositionalEmbedding": LSGPositions,
+        "Attention": LSGSeq2SeqAttention,
+    }
     scales_outside: ClassVar[bool] = False
 
     def adopt(self, config: Any) -> None:
@@ -454,6 +472,12 @@ class LSGSeq2SeqModel(LSGWrapper):
     global_token_type: ClassVar[bool] = False
     sinusoidal_positions: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = cls.__bases__[-1]
+        if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGSeq2SeqModel):
+            cls.forward = with_lsg_encoder(stock.forward)  # type: ignore[attr-defined]
+
     @classmethod
     def special_positions(cls, config: Any) -> int:
         """As `LSGReader.special_positions`."""
@@ -498,20 +522,26 @@ def lsg_class(mixin: type, stock: type, module: str, **attributes: Any) -> type:
     name = f"LSG{stock.__name__}"
     known = namespace.get(name)
     # Heads are always made anew: a module that is loaded again has another base class for them.
-    if known is None or not issubclass(known, mixin) or attributes:
+    if known is None or not issubclass(known, stock) or attributes:
         namespace[name] = type(name, (mixin, stock), {"__module__": module, "__doc__": stock.__doc__, **attributes})
     return namespace[name]
 
 
-def define_heads(base_class: Any, stock_module: ModuleType) -> None:
-    """Define, beside `base_class`, an LSG class for every model with a head in a family's module of Transformers."""
-    stock_base = base_class.__bases__[-1]
+def family_name(lsg_model_class: type) -> str:
+    """What the names of a family's stock classes begin with, such as "Bert"."""
+    stock = next(base for base in lsg_model_class.__mro__ if base.__module__.startswith("transformers.models."))
+    return stock.__name__.removesuffix("Model").removesuffix("Encoder")
+
+
+def define_heads(base_class: Any) -> None:
+    """Define, beside `base_class`, an LSG class for every model with a head in its family's module of Transformers."""
+    stock_module = sys.modules[base_class.__bases__[-1].__module__]
     for name, stock in list(vars(stock_module).items()):
         if (
             isinstance(stock, type)
             and issubclass(stock, PreTrainedModel)
             and stock.__module__ == stock_module.__name__
-            and name.startswith(stock_base.__name__.removesuffix("Model"))
+            and name.startswith(family_name(base_class))
             and ("For" in name or "LMHead" in name)
         ):
             attributes = {"config_class": base_class.config_class, "lsg_part_class": base_class}

@@ -1,30 +1,16 @@
 """LSG CamemBERT: the facts of the family."""
 
-from transformers.models.camembert import configuration_camembert, modeling_camembert as camembert
+from transformers.models.camembert import configuration_camembert, modeling_camembert
 
-from .lsg_modeling import (
-    LSGConfig,
-    LSGEmbeddings,
-    LSGEncoder,
-    LSGModel,
-    LSGSelfAttention,
-    define_heads,
-    with_global_tokens,
-)
+from .lsg_modeling import LSGConfig, LSGModel, define_heads
 
 
 class LSGCamembertConfig(LSGConfig, configuration_camembert.CamembertConfig): ...
 
 
-class LSGCamembertModel(LSGModel, camembert.CamembertModel):
+class LSGCamembertModel(LSGModel, modeling_camembert.CamembertModel):
     config_class = LSGCamembertConfig
-    lsg_modules = {
-        camembert.CamembertEmbeddings: LSGEmbeddings,
-        camembert.CamembertSelfAttention: LSGSelfAttention,
-        camembert.CamembertEncoder: LSGEncoder,
-    }
     positions_follow_padding = True
-    forward = with_global_tokens(camembert.CamembertModel.forward)
 
 
-define_heads(LSGCamembertModel, camembert)
+define_heads(LSGCamembertModel)

@@ -1,36 +1,21 @@
 """LSG MBart: the facts of the family. Its encoder has LSG."""
 
-from transformers.models.mbart import configuration_mbart, modeling_mbart as mbart
+from transformers.models.mbart import configuration_mbart, modeling_mbart
 
-from .lsg_modeling import (
-    LSGPositions,
-    LSGSeq2SeqAttention,
-    LSGSeq2SeqConfig,
-    LSGSeq2SeqEncoder,
-    LSGSeq2SeqModel,
-    define_heads,
-    with_global_tokens,
-    with_lsg_encoder,
-)
+from .lsg_modeling import LSGSeq2SeqConfig, LSGSeq2SeqEncoder, LSGSeq2SeqModel, define_heads
 
 
 class LSGMBartConfig(LSGSeq2SeqConfig, configuration_mbart.MBartConfig): ...
 
 
-class LSGMBartEncoder(LSGSeq2SeqEncoder, mbart.MBartEncoder):
+class LSGMBartEncoder(LSGSeq2SeqEncoder, modeling_mbart.MBartEncoder):
     config_class = LSGMBartConfig
-    lsg_modules = {
-        mbart.MBartLearnedPositionalEmbedding: LSGPositions,
-        mbart.MBartAttention: LSGSeq2SeqAttention,
-    }
     position_offset = 2
-    forward = with_global_tokens(mbart.MBartEncoder.forward)
 
 
-class LSGMBartModel(LSGSeq2SeqModel, mbart.MBartModel):
+class LSGMBartModel(LSGSeq2SeqModel, modeling_mbart.MBartModel):
     config_class = LSGMBartConfig
     lsg_part_class = LSGMBartEncoder
-    forward = with_lsg_encoder(mbart.MBartModel.forward)
 
 
-define_heads(LSGMBartModel, mbart)
+define_heads(LSGMBartModel)

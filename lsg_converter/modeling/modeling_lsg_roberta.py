@@ -1,30 +1,16 @@
 """LSG RoBERTa: the facts of the family."""
 
-from transformers.models.roberta import configuration_roberta, modeling_roberta as roberta
+from transformers.models.roberta import configuration_roberta, modeling_roberta
 
-from .lsg_modeling import (
-    LSGConfig,
-    LSGEmbeddings,
-    LSGEncoder,
-    LSGModel,
-    LSGSelfAttention,
-    define_heads,
-    with_global_tokens,
-)
+from .lsg_modeling import LSGConfig, LSGModel, define_heads
 
 
 class LSGRobertaConfig(LSGConfig, configuration_roberta.RobertaConfig): ...
 
 
-class LSGRobertaModel(LSGModel, roberta.RobertaModel):
+class LSGRobertaModel(LSGModel, modeling_roberta.RobertaModel):
     config_class = LSGRobertaConfig
-    lsg_modules = {
-        roberta.RobertaEmbeddings: LSGEmbeddings,
-        roberta.RobertaSelfAttention: LSGSelfAttention,
-        roberta.RobertaEncoder: LSGEncoder,
-    }
     positions_follow_padding = True
-    forward = with_global_tokens(roberta.RobertaModel.forward)
 
 
-define_heads(LSGRobertaModel, roberta)
+define_heads(LSGRobertaModel)
