@@ -1,41 +1,95 @@
-"""The command: flags, progress, what a person reads, and exit codes. Nothing else prints."""
+"""The command: flags, progress, what a person or a script reads, and exit codes. Nothing else prints."""
 
+import json
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
 
-from huggingface_hub.utils import enable_progress_bars, tqdm
+import yaml
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from . import __version__
-from .convert import ConversionReport, convert
+from .convert import convert
 from .options import ConversionError, ConversionOptions, OptionError
+from .report import ConversionReport
+from .verify import Check
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What the command prints."""
+
+    quiet: bool = field(default=False, metadata={"help": "Print nothing but errors."})
+    json: bool = field(default=False, metadata={"help": "Print the report as JSON; all else goes to stderr."})
+    debug: bool = field(default=False, metadata={"help": "Show where an error arose."})
 
 
 class Parser(HfArgumentParser):
-    """The flags of `ConversionOptions`; a wrong one raises OptionError."""
+    """The flags of `ConversionOptions`, or a JSON or YAML file with them; a wrong one raises OptionError."""
 
     def __init__(self) -> None:
-        description = "Give a pretrained Transformer long inputs, with Local-Sparse-Global attention."
         super().__init__(
-            ConversionOptions,  # type: ignore[arg-type]
+            [ConversionOptions, OutputOptions],  # type: ignore[list-item]
             prog="lsg-convert",
-            description=description,
+            usage="lsg-convert [arguments.json] --initial_model NAME --model_name FOLDER [options]",
+            description="Give a pretrained Transformer long inputs, with Local-Sparse-Global attention. "
+            "The options may stand in a JSON or YAML file, which is named first; flags after it prevail.",
             allow_abbrev=False,
         )
         self.add_argument("--version", action="version", version=f"lsg-converter {__version__}")
 
-    def options(self, arguments: Sequence[str] | None) -> ConversionOptions:
-        options, *_, unknown = self.parse_args_into_dataclasses(
+    def options(self, arguments: Sequence[str]) -> tuple[ConversionOptions, OutputOptions]:
+        arguments = list(arguments)
+        if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
+            arguments = [*flags_of(Path(arguments[0])), *arguments[1:]]
+        if "--use_auth_token" in arguments:  # once a flag without a value
+            place = arguments.index("--use_auth_token") + 1
+            if place == len(arguments) or arguments[place].startswith("--"):
+                arguments.insert(place, "True")
+        options, output, *_, unknown = self.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
-            raise OptionError(f"{unknown[0]}: no such option; --help lists them")
-        return options
+            raise OptionError(f"{unknown[0].split('=')[0]}: no such option; {nearest(unknown[0])}--help lists them")
+        return options, output
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
+def known_options() -> list[str]:
+    return [item.name for item in (*fields(ConversionOptions), *fields(OutputOptions))]
+
+
+def nearest(option: str) -> str:
+    """A hint at the option that was meant, if one is near."""
+    close = get_close_matches(option.split("=")[0].lstrip("-").replace("-", "_"), known_options(), n=1)
+    return f"did you mean --{close[0]}? " if close else ""
+
+
+def flags_of(path: Path) -> list[str]:
+    """The options in a JSON or YAML file, as flags. Raises OptionError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # which reads JSON too
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "it is neither JSON nor YAML"
+        raise OptionError(f"{path}: it cannot be read: {reason}; give a file with options") from error
+    if not isinstance(content, dict):
+        raise OptionError(f'{path}: it must hold options and their values, such as {{"max_sequence_length": 4096}}')
+    result = []
+    for name, value in content.items():
+        if name not in (*known_options(), "use_auth_token"):
+            raise OptionError(f"{path}: got an unknown option {name!r}; {nearest(str(name))}--help lists them")
+        if value is not None:
+            result += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return result
 
 
 class Progress:
@@ -54,28 +108,54 @@ class Progress:
         self.bar.close()
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end."""
+
+
+def terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command on `arguments`, or those of the process.
 
     Returns:
-        The exit code: 0; 1 where the verification failed; 2 for an option, 3 for the source, 4 for the target that
-        cannot be; 130 where it was interrupted.
+        The exit code: 0; 1 where the verification failed; 2 for an option, 3 for the source, 4 for the target or the
+        disk; 130 or 143 where it was interrupted.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     enable_progress_bars()  # those of downloads, and ours, which the line above turned off as well
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        options = Parser().options(arguments)
+        options, output = Parser().options(arguments)
+        if output.quiet:
+            disable_progress_bars()
         with Progress() as progress:
             report = convert(options, progress.announce)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(describe(report))
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        code, message = explain(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if output.json:
+        print(json.dumps(report.content(), indent=2))
+    elif not output.quiet:
+        print(describe(report))
     return 0
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error, and what it says."""
+    if isinstance(error, ConversionError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 143 if isinstance(error, Terminated) else 130, "interrupted; nothing was written"
+    return 1, f"{type(error).__name__}: {error}; nothing was written, please report this; --debug shows where it arose"
 
 
 def describe(report: ConversionReport) -> str:
@@ -83,13 +163,16 @@ def describe(report: ConversionReport) -> str:
     options, lsg = report.options, report.lsg
     lines = [
         f"source        {options.initial_model}: {report.model_type}, {report.source_positions} positions",
-        f"converted to  {report.architecture}, {report.positions} positions",
+        f"{'would become' if options.dry_run else 'converted to'}  {report.architecture}, {report.positions} positions",
         f"attention     blocks of {lsg['block_size']}, {describe_sparsity(lsg)}, {lsg['num_global_tokens']} global",
     ]
+    lines += [f"{'would change' if options.dry_run else 'changed'}".ljust(14) + change for change in report.changed]
     lines += [f"new weights   {name}" for name in report.new_weights]
     lines += [f"left out      {name}" for name in report.dropped_weights]
     lines += [f"warning       {warning}" for warning in report.warnings]
-    lines += [f"verified      {check.name} ({check.figure})" for check in report.checks]
+    if options.dry_run:
+        return "\n".join([*lines, "nothing was written: this is a dry run"])
+    lines += [f"verified      {check.name} ({figure(check)})" for check in report.checks]
     if report.heads:
         row = "{:<36} {:<9} {:>8} {:>9} {:>8} {:>9}".format
         lines += ["", row("head", "dtype", "tokens", "forward", "tokens", "training")]
@@ -108,6 +191,7 @@ def describe(report: ConversionReport) -> str:
     names = report.auto_class + (", AutoTokenizer" if report.has_tokenizer else "")
     lines += [
         f"written       {options.model_name}",
+        *([f"pushed to     {report.pushed_to}"] if report.pushed_to else []),
         "",
         "Load it with",
         "",
@@ -124,3 +208,7 @@ def describe_sparsity(lsg: dict) -> str:
     if lsg["sparsity_type"] in (None, "none") or not lsg["sparse_block_size"] or not lsg["sparsity_factor"]:
         return "no sparse keys"
     return f"{lsg['sparse_block_size']} sparse keys a side ({lsg['sparsity_type']}, factor {lsg['sparsity_factor']})"
+
+
+def figure(check: Check) -> str:
+    return check.figure if check.seconds is None else f"{check.figure}, {check.seconds:.1f} s"

@@ -1,7 +1,7 @@
 """The story of a conversion: read, build, operate, write, verify."""
 
 import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,41 +10,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import families, surgery, verify
-from .checkpoint import Source, first_line, staged, write_tokenizer
-from .options import ConversionOptions, OptionError, parse_literals
-
-
-@dataclass
-class ConversionReport:
-    """What a conversion did.
-
-    Attributes:
-        options: what was asked for.
-        model_type, architecture: the family, and the class of the written model.
-        auto_class: the class of Transformers that loads it.
-        lsg: the LSG fields of its configuration.
-        has_tokenizer: whether a tokenizer was written.
-        source_positions, positions: tokens that the source could read, and that the written model can.
-        new_weights, dropped_weights: names of weights that a change of head made or left out.
-        warnings: what a user should know.
-        checks: what was verified, from disk.
-        heads: what `run_test` ran.
-    """
-
-    options: ConversionOptions
-    model_type: str
-    architecture: str
-    auto_class: str
-    lsg: dict[str, Any]
-    has_tokenizer: bool
-    source_positions: int
-    positions: int
-    new_weights: list[str] = field(default_factory=list)
-    dropped_weights: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    checks: list[verify.Check] = field(default_factory=list)
-    heads: list[verify.HeadRun] = field(default_factory=list)
+from . import families, hub, surgery, verify
+from .card import write_card
+from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, parse_literals
+from .report import ConversionReport, hashes
+from .source import SOURCE_FAULTS, Source, first_line
+from .target import check_target, staged, write_companions, write_tokenizer, writing
 
 
 def convert(options: ConversionOptions, announce: verify.Announce = lambda step: None) -> ConversionReport:
@@ -63,39 +34,89 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
     announce("reading the source")
     source = Source(options)
     config = lsg_config(source)
-    report = ConversionReport(
-        options=options,
-        model_type=source.family.model_type,
-        architecture=source.lsg_class.__name__,
-        auto_class=source.family.auto_class(source.lsg_class),
-        lsg={name: getattr(config, name) for name in source.family.lsg_fields},
-        has_tokenizer=source.tokenizer is not None,
-        source_positions=source.positions,
-        positions=options.max_sequence_length,
-        warnings=list(source.warnings),
-    )
-    if report.positions < report.source_positions:
-        lost = report.source_positions - report.positions
-        report.warnings.append(f"the last {lost} of the source's {report.source_positions} positions are lost")
-    if not report.has_tokenizer:
-        report.warnings.append("the source has no tokenizer, so none was written")
+    model = build(source, config)
+    check_target(options, source)
+    report = plan(source, config)
+    if options.dry_run:
+        return report
+    name = Path(options.model_name).absolute().name
+    if options.push_to_hub:
+        name = hub.full_name(options.hub_model_id or name, options.hub_token)
 
-    with staged(options.model_name) as folder:
+    with staged(options) as folder:
         original, report.new_weights, report.dropped_weights = source.load()
         announce("building the long model")
-        model = assemble(source, config, {**original.state_dict(), **long_tables(source, original)})
+        assemble(model, source, original)
         if model.can_generate():
             model.generation_config = original.generation_config
         announce("writing")
-        model.save_pretrained(folder)
+        with writing(options):
+            model.save_pretrained(folder)
+            if source.tokenizer is not None:
+                write_tokenizer(source.tokenizer, source, folder)
+            report.is_sentence_model = write_companions(source, folder)
         del original, model
-        if source.tokenizer is not None:
-            write_tokenizer(source.tokenizer, folder, options.max_sequence_length)
 
-        report.checks += verify.checks(source, folder, announce)
+        if not options.no_verify:
+            report.checks += verify.checks(source, config, folder, announce)
         if options.run_test:
             report.heads += verify.run_heads(source, folder, announce)
+        announce("writing the card")
+        report.warnings = list(source.warnings)
+        report.source_files = hashes(source.folder, [source.folder / "config.json", *source.files])
+        with writing(options):
+            write_card(report, source.folder, folder, name)
+            report.files = hashes(folder, [path for path in folder.rglob("*") if path.is_file()])
+            report.write(folder)
+    if options.push_to_hub:
+        announce("pushing")
+        message = f"Convert {report.source} to {report.positions} tokens"
+        target = Path(options.model_name)
+        report.pushed_to = hub.push(target, name, private=options.private, token=options.hub_token, message=message)
     return report
+
+
+def plan(source: Source, config: Any) -> ConversionReport:
+    """What a conversion will do, as far as the configuration tells. Raises OptionError where it cannot be done."""
+    options, base_class = source.options, source.family.base_class
+    length, trained = options.max_sequence_length, source.positions
+    tables = len(base_class.position_tables)
+    if length > MAX_SEQUENCE_LENGTH:
+        width = getattr(config, "embedding_size", config.hidden_size)
+        raise OptionError(
+            f"--max_sequence_length: got {length}, for which the positions alone would take "
+            f"{4 * tables * length * width:,} bytes in float32; give at most {MAX_SEQUENCE_LENGTH}"
+        )
+    if base_class.sinusoidal_positions:
+        if options.position_init == "interpolate":
+            raise OptionError(
+                f"--position_init: got 'interpolate'; {source.family.model_type} computes its positions: leave it out"
+            )
+        positions = f"positions: computed for {length} tokens"
+    else:
+        how = "repeated" if options.position_init == "tile" else "stretched"
+        positions = f"positions: the {trained} trained rows, {how} to {length}"
+    if length < trained:
+        source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")
+    if source.tokenizer is None and not options.dry_run:
+        source.warnings.append("the source has no tokenizer, so none was written")
+    kept = "kept" if options.resize_lsg else "rebuilt but for the first" if options.keep_first_global_token else "built"
+    name = options.initial_model
+    return ConversionReport(
+        options=options,
+        source=name if source.revision else source.folder.resolve().name,
+        revision=source.revision,
+        model_type=source.family.model_type,
+        architecture=source.lsg_class.__name__,
+        auto_class=source.family.auto_class(source.lsg_class),
+        lsg={field: getattr(config, field) for field in source.family.lsg_fields},
+        source_positions=trained,
+        positions=length,
+        changed=[positions, f"global tokens: 512 rows, {kept}"]
+        + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
+        has_tokenizer=source.tokenizer is not None,
+        warnings=list(source.warnings),
+    )
 
 
 def lsg_config(source: Source) -> Any:
@@ -116,7 +137,10 @@ def lsg_config(source: Source) -> Any:
     try:
         return source.family.config_class.from_dict({**source.config.to_dict(), **changes})
     except StrictDataclassError as error:
-        raise OptionError(f"--model_kwargs: {first_line(error.__cause__ or error)}") from error
+        message = first_line(error.__cause__ or error)
+        if source.is_lsg or any(name in message for name in known):
+            raise OptionError(f"--model_kwargs: {message}") from error
+        raise SourceError(f"--initial_model: config.json of {options.initial_model!r}: {message}") from error
 
 
 def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -128,7 +152,8 @@ def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tenso
         width, dtype = state[names[0]].shape[1], state[names[0]].dtype
         tables = {name: surgery.sinusoidal_positions(length, width, dtype) for name in names}
     else:
-        tables = {name: surgery.longer_positions(state[name], length, special) for name in names}
+        lengthen = surgery.longer_positions if options.position_init == "tile" else surgery.stretched_positions
+        tables = {name: lengthen(state[name], length, special) for name in names}
     global_name = source.prefix + base_class.global_table
     if source.prefix + base_class.position_tables[0] in state and not options.resize_lsg:
         table = surgery.global_embeddings(
@@ -143,15 +168,25 @@ def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tenso
     return tables
 
 
-def assemble(source: Source, config: Any, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The LSG model with the weights `state`, which it shares."""
-    with torch.device("meta"):
-        model = source.lsg_class(config)
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
+def build(source: Source, config: Any) -> PreTrainedModel:
+    """The LSG model without weights. Raises SourceError where the configuration describes none."""
+    try:
+        with torch.device("meta"):
+            return source.lsg_class(config)
+    except SOURCE_FAULTS as error:
+        raise SourceError(
+            f"--initial_model: config.json of {source.options.initial_model!r}: {first_line(error)}; correct it"
+        ) from error
+
+
+def assemble(model: PreTrainedModel, source: Source, original: PreTrainedModel) -> None:
+    """Give the model the weights of `original`, which it shares, and its own tables."""
+    model.load_state_dict({**original.state_dict(), **long_tables(source, original)}, assign=True)
+    # As in the source: where its files hold two values for what its configuration ties, they stay two.
+    model.all_tied_weights_keys = dict(original.all_tied_weights_keys)
+    model.tie_weights(recompute_mapping=False)
     # With this, saving the model writes its code beside its weights.
     model.register_for_auto_class(source.family.auto_class(source.lsg_class))
-    return model
 
 
 class LSGConverter:

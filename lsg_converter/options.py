@@ -1,8 +1,13 @@
 """What can be asked of a conversion: one dataclass is the API's arguments and the command's flags."""
 
 import ast
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+# Positions above this are surely a slip of the pen: the tables alone would fill a machine's memory.
+MAX_SEQUENCE_LENGTH = 2**24
 
 
 class ConversionError(Exception):
@@ -27,8 +32,8 @@ class VerificationError(ConversionError):
     exit_code = 1
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _help(text: str, *aliases: str) -> dict[str, Any]:
+    return {"help": text, "aliases": list(aliases)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class ConversionOptions:
     """
 
     initial_model: str = field(metadata=_help("The model to convert: a name on the Hugging Face Hub, or a folder."))
-    model_name: str = field(metadata=_help("The folder to write. It must not exist yet."))
+    model_name: str = field(metadata=_help("The folder to write."))
     max_sequence_length: int = field(default=4096, metadata=_help("Tokens that the converted model can read."))
     architecture: str | None = field(
         default=None, metadata=_help("The class to convert to, such as BertForMaskedLM; the source's own unless given.")
@@ -75,9 +80,44 @@ class ConversionOptions:
         default=False,
         metadata=_help("The source is an LSG checkpoint: keep its first global token, rebuild the others."),
     )
+    rebuild_global_tokens: bool = field(
+        default=False, metadata=_help("The source is an LSG checkpoint: rebuild all its global tokens.")
+    )
+    position_init: Literal["tile", "interpolate"] = field(
+        default="tile", metadata=_help("Repeat the trained positions, or stretch them over the new length.")
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata=_help("The dtype of the written weights; auto is the source's own.")
+    )
+    revision: str | None = field(
+        default=None, metadata=_help("The branch, tag or commit of a source on the Hub; its main branch unless given.")
+    )
+    token: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_help("A token for the Hub; the one that you logged in with unless given.", "--use_auth_token"),
+    )
+    cache_dir: str | None = field(default=None, metadata=_help("Where downloads are kept."))
+    trust_remote_code: bool = field(
+        default=False, metadata=_help("Run the source's own code, where its tokenizer needs it.")
+    )
     allow_pickle: bool = field(
         default=False,
         metadata=_help("Load pickled weights where there are no safetensors, without running their code."),
+    )
+    overwrite: bool = field(
+        default=False, metadata=_help("Replace the checkpoint that --model_name names, once the new one is complete.")
+    )
+    push_to_hub: bool = field(
+        default=False, metadata=_help("Push the written checkpoint to the Hub, under the name of its folder.")
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata=_help("The repository to push to, such as me/lsg-bert, where it has another name.")
+    )
+    private: bool = field(default=False, metadata=_help("Make the repository that is pushed to a private one."))
+    no_verify: bool = field(default=False, metadata=_help("Do not verify what was written."))
+    dry_run: bool = field(
+        default=False, metadata=_help("Say what would be done, from the source's config.json alone, and write nothing.")
     )
     run_test: bool = field(
         default=False, metadata=_help("Run every head of the written checkpoint on long inputs, and print a table.")
@@ -85,11 +125,14 @@ class ConversionOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_kwargs", parse_literals(self.model_kwargs))
-        for name in ("initial_model", "model_name"):
-            if not getattr(self, name):
-                raise OptionError(f"--{name}: got an empty string; give a name or a folder")
-        if self.resize_lsg and self.keep_first_global_token:
-            raise OptionError("--resize_lsg: got --keep_first_global_token as well; give one of them")
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        for item in fields(self):
+            if getattr(self, item.name) == "":
+                raise OptionError(f"--{item.name}: got an empty string; give a name, or leave it out")
+        chosen = [name for name in ("resize_lsg", "keep_first_global_token", "rebuild_global_tokens") if self._is(name)]
+        if len(chosen) > 1:
+            raise OptionError(f"--{chosen[0]}: got --{chosen[1]} as well; give one of them")
         if self.max_sequence_length < 1:
             raise OptionError(
                 f"--max_sequence_length: got {self.max_sequence_length}; give a number of tokens, at least 1"
@@ -98,6 +141,43 @@ class ConversionOptions:
             raise OptionError(
                 f"--global_positional_stride: got {self.global_positional_stride}; give a power of two from 1 to 512"
             )
+        for name, needed in (("private", "push_to_hub"), ("hub_model_id", "push_to_hub")):
+            if self._is(name) and not self._is(needed):
+                raise OptionError(f"--{name}: got it without --{needed}; give both, or none")
+        if self.no_verify and self.run_test:
+            raise OptionError("--no_verify: got --run_test as well; give one of them")
+
+    @property
+    def hub_token(self) -> str | bool | None:
+        """The token as the Hub's client takes it; `--use_auth_token True`, as it was written once, is True."""
+        flags: dict[str | None, bool] = {"True": True, "true": True, "False": False, "false": False}
+        return flags.get(self.token, self.token)
+
+    def _is(self, name: str) -> bool:
+        return bool(getattr(self, name))
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not their defaults, but for names of places and the token."""
+        hidden = {"initial_model", "model_name", "token", "cache_dir", "hub_model_id", "push_to_hub", "private"}
+        hidden |= {"overwrite", "dry_run"}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in hidden}
+        defaults: dict[str, Any] = {
+            item.name: {} if item.name == "model_kwargs" else item.default for item in fields(self)
+        }
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise OptionError where an argument from Python or from a file has a wrong type."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise OptionError(f"--{name}: got {value!r}; give one of {', '.join(get_args(hint))}")
+        return
+    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        shown = "a value" if name == "token" else repr(value)
+        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise OptionError(f"--{name}: got {shown} of type {type(value).__name__}; give {names}")
 
 
 def parse_literals(value: dict[str, Any] | str | None) -> dict[str, Any]:

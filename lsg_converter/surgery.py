@@ -21,6 +21,20 @@ def longer_positions(table: torch.Tensor, max_sequence_length: int, offset: int 
     return torch.cat([special, trained.repeat(repeats, 1)[:max_sequence_length]])
 
 
+def stretched_positions(table: torch.Tensor, max_sequence_length: int, offset: int = 0) -> torch.Tensor:
+    """Stretch the trained rows of a position table over `max_sequence_length` rows, with linear steps between them.
+
+    Args and result are those of `longer_positions`.
+    """
+    special, trained = table[:offset], table[offset:]
+    place = torch.linspace(0, trained.shape[0] - 1, max_sequence_length, dtype=torch.float64)
+    low = place.floor().long()
+    weight = (place - low)[:, None]
+    high = (low + 1).clamp(max=trained.shape[0] - 1)
+    rows = trained[low].double() * (1 - weight) + trained[high].double() * weight
+    return torch.cat([special, rows.to(table.dtype)])
+
+
 def sinusoidal_positions(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Pegasus' positions: sines in the first half of the columns, cosines in the second. Shape (length, width)."""
     column = np.arange(width)
@@ -68,8 +82,9 @@ def global_words(
     Returns:
         Shape (512, width), float32.
     """
-    words = word_embeddings.float()
-    first, other = (words.mean(dim=0) if index is None else words[index] for index in (first_id, other_id))
+    words = word_embeddings
+    mean = words.mean(dim=0, dtype=torch.float32)
+    first, other = (mean if index is None else words[index].float() for index in (first_id, other_id))
     rest = other.expand(MAX_GLOBAL_TOKENS - 1, -1)
     if random_seed is not None:
         rest = draw_words(words, rest.shape[0], random_seed)
@@ -78,8 +93,13 @@ def global_words(
 
 def draw_words(word_embeddings: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Draw `count` rows from the normal distribution fitted to a word embedding table of shape (vocabulary, width)."""
-    words = word_embeddings.double()
+    rows, width = word_embeddings.shape
+    mean = word_embeddings.mean(dim=0, dtype=torch.float64)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for part in word_embeddings.split(8192):  # a part at a time, so that the table is never held twice
+        centred = part.double() - mean
+        covariance += centred.T @ centred / rows
     # By its eigenvectors: a vocabulary smaller than the width has a covariance that is not positive definite.
-    values, vectors = torch.linalg.eigh(torch.cov(words.T, correction=0).reshape(words.shape[1], words.shape[1]))
-    normal = torch.randn(count, words.shape[1], dtype=words.dtype, generator=torch.Generator().manual_seed(seed))
-    return (words.mean(dim=0) + (normal * values.clamp(min=0).sqrt()) @ vectors.T).float()
+    values, vectors = torch.linalg.eigh(covariance)
+    normal = torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (mean + (normal * values.clamp(min=0).sqrt()) @ vectors.T).float()

@@ -7,14 +7,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "cli": {"convert", "options", "__init__"},
-    "convert": {"families", "surgery", "checkpoint", "verify", "options", "modeling"},
-    "verify": {"checkpoint", "families", "options", "modeling"},
-    "checkpoint": {"families", "surgery", "options"},
+    "cli": {"convert", "report", "verify", "options", "__init__"},
+    "convert": {"families", "surgery", "source", "target", "verify", "report", "card", "hub", "options"},
+    "hub": {"source", "options"},
+    "card": {"report"},
+    "report": {"verify", "options"},
+    "verify": {"source", "families", "options", "modeling"},
+    "target": {"source", "options"},
+    "source": {"families", "surgery", "options"},
     "families": {"options", "modeling"},
     "surgery": {"modeling"},
     "options": set(),
-    "__init__": {"convert", "options"},
+    "__init__": {"convert", "report", "options"},
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": set(),
     "modeling/lsg_attention": {"lsg_layout", "lsg_sparsity"},

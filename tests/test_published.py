@@ -64,9 +64,8 @@ def test_resized_it_gives_the_same(published, tmp_path):
 def test_the_first_global_token_can_be_kept(published, tmp_path, capsys):
     source, _ = published
     assert run_command(source, tmp_path / "first", "--keep_first_global_token") == 0
-    assert "rebuilt" not in capsys.readouterr().out
-    assert run_command(source, tmp_path / "none") == 0
-    assert "the source's own global tokens are rebuilt; --resize_lsg keeps them" in capsys.readouterr().out
+    assert "512 rows, rebuilt but for the first" in capsys.readouterr().out
+    assert run_command(source, tmp_path / "none", "--rebuild_global_tokens") == 0
     old, first, none = (tables(folder)[0] for folder in (source, tmp_path / "first", tmp_path / "none"))
     assert torch.equal(first[0], old[0]) and torch.equal(first[1:], none[1:])
 
@@ -76,10 +75,19 @@ def test_flags_for_lsg_checkpoints_are_refused_elsewhere(published, tmp_path, ca
     for flags, message in (
         (["--resize_lsg"], "--resize_lsg: "),
         (["--keep_first_global_token"], "--keep_first_global_token: "),
+        (["--rebuild_global_tokens"], "--rebuild_global_tokens: "),
         (["--resize_lsg", "--keep_first_global_token"], "--resize_lsg: got --keep_first_global_token as well"),
     ):
         assert run_command(golden.source, tmp_path / "lsg", *flags) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_becomes_of_the_global_tokens_must_be_said(published, tmp_path, capsys):
+    source, _ = published
+    assert run_command(source, tmp_path / "lsg") == 2
+    message = capsys.readouterr().err
+    assert "is an LSG checkpoint already" in message and "--resize_lsg keeps them" in message
+    assert not (tmp_path / "lsg").exists()
 
 
 def test_pickles_load_by_a_flag_alone(published, tmp_path, capsys):

@@ -1,0 +1,89 @@
+"""The model card: what a reader of the repository needs, with code that can be pasted."""
+
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from .report import ConversionReport
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+HOMEPAGE = "https://pypi.org/project/lsg-converter/"
+# What of the source's metadata is true of the long model too. Results and widgets are not.
+KEPT = ("language", "license", "license_name", "license_link", "datasets", "pipeline_tag", "library_name")
+
+
+def write_card(report: ConversionReport, source: Path, folder: Path, name: str) -> None:
+    """Write `README.md` for the checkpoint in `folder`, which is loaded by `name`; `source` is the source's folder."""
+    package = "sentence-transformers" if report.is_sentence_model else "torch"
+    card = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        metadata=metadata(report, source),
+        title=name.split("/")[-1],
+        positions=f"{report.positions:,}",
+        source_positions=f"{report.source_positions:,}",
+        source=f"[{report.source}](https://huggingface.co/{report.source})" if report.revision else report.source,
+        homepage=HOMEPAGE,
+        requirement=f"It needs {package} and Transformers 5.10 or newer, and nothing of LSG Converter.",
+        usage=usage(report, name),
+        fields="\n".join(f"| `{field}` | `{value!r}` |" for field, value in report.lsg.items()),
+        revision=f" at commit {report.revision}" if report.revision else "",
+        model_type=report.model_type,
+        architecture=report.architecture,
+        changes="\n".join(f"- {line}" for line in (*report.changed, *report.warnings)),
+        checks=checks(report),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def metadata(report: ConversionReport, source: Path) -> str:
+    """The front matter, in YAML."""
+    try:
+        known = metadata_load(source / "README.md") or {}
+    except (OSError, ValueError):
+        known = {}
+    values: dict[str, Any] = {name: known[name] for name in KEPT if known.get(name)}
+    tags = known.get("tags") or []
+    values["tags"] = [*(tags if isinstance(tags, list) else [tags]), "lsg", "long-context"]
+    values["library_name"] = values.get("library_name") or "transformers"
+    base = report.source if report.revision else known.get("base_model")
+    return ModelCardData(base_model=base, **values).to_yaml()
+
+
+def checks(report: ConversionReport) -> str:
+    if not report.checks:
+        return "It was not verified."
+    return "Verified from disk:\n\n" + "\n".join(f"- {check.name} ({check.figure})" for check in report.checks)
+
+
+def usage(report: ConversionReport, name: str) -> str:
+    """Code that loads the checkpoint and reads a long text."""
+    name = json.dumps(name, ensure_ascii=False)
+    if report.is_sentence_model:
+        return "\n".join(
+            [
+                "from sentence_transformers import SentenceTransformer",
+                "",
+                f"model = SentenceTransformer({name}, trust_remote_code=True)",
+                'embeddings = model.encode(["A long document. " * 100, "Another one."])',
+            ]
+        )
+    seq2seq = "decoder" in " ".join(report.lsg)
+    loads = [f"model = {report.auto_class}.from_pretrained({name}, trust_remote_code=True)"]
+    if report.has_tokenizer:
+        imports = f"from transformers import {', '.join(sorted([report.auto_class, 'AutoTokenizer'], key=str.lower))}"
+        loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
+        inputs = 'dict(tokenizer("A long document. " * 100, truncation=True, return_tensors="pt"))'
+    else:
+        imports = f"import torch\nfrom transformers import {report.auto_class}"
+        inputs = f'{{"input_ids": torch.randint(10, 20, (1, {min(report.positions, 600)}))}}'
+    call = "outputs = model(**inputs)"
+    if report.auto_class == "AutoModelForMultipleChoice":
+        call = "outputs = model(**{name: value[:, None] for name, value in inputs.items()})"
+    elif report.auto_class == "AutoModelForSeq2SeqLM":
+        call = "outputs = model.generate(**inputs, max_new_tokens=20)"
+    elif seq2seq and report.auto_class == "AutoModel":
+        call = 'outputs = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :1])'
+    return "\n".join([imports, "", *loads, f"inputs = {inputs}", call])

@@ -1,0 +1,338 @@
+"""Reading a source safely: its files are examined before anything is loaded from them."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import families, surgery
+from .options import ConversionOptions, OptionError, SourceError
+
+
+# What loading a source raises where the source is at fault.
+SOURCE_FAULTS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    UnpicklingError,
+)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
+
+
+class Source:
+    """A model to convert: its configuration and its tokenizer are read at once, its weights by `load`.
+
+    Attributes:
+        options: what is to be done with it.
+        folder: where its files are.
+        revision: its commit on the Hub, or None where it is a folder of the user's.
+        files: those that its weights are in, once they are loaded.
+        family, lsg_class: what it is, and the class that it becomes.
+        is_lsg: whether it is an LSG checkpoint already.
+        config: its configuration, of its family's stock class, or LSG class where it is LSG.
+        tokenizer: None where it has none.
+        positions: how many tokens it can read.
+        warnings: what its user should know.
+    """
+
+    def __init__(self, options: ConversionOptions) -> None:
+        name = options.initial_model
+        self.options = options
+        self.folder, self.revision = locate(options)
+        content = read_config(name, self.folder)
+        named = content.get("architectures") or []
+        self.family = families.family(options.model_type or content["model_type"])
+        self.is_lsg = content.pop("base_model_prefix", None) == "lsg" or any(item.startswith("LSG") for item in named)
+        flags = ("resize_lsg", "keep_first_global_token", "rebuild_global_tokens")
+        wanted = [flag for flag in flags if getattr(options, flag)]
+        if wanted and not self.is_lsg:
+            raise OptionError(f"--{wanted[0]}: {name!r} is no LSG checkpoint; leave the flag out")
+        if self.is_lsg and not wanted:
+            raise OptionError(
+                f"--initial_model: {name!r} is an LSG checkpoint already; say what becomes of its global tokens: "
+                "--resize_lsg keeps them, --keep_first_global_token the first, --rebuild_global_tokens none"
+            )
+        if options.architecture is None and not named:
+            raise OptionError(
+                f"--architecture: config.json of {name!r} names none; "
+                f"give one of {', '.join(self.family.architectures)}"
+            )
+        self.lsg_class = self.family.lsg_class(options.architecture or named[0])
+        self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
+        self.has_own_head = self.model_class.__name__ in named
+        config_class = self.family.config_class if self.is_lsg else families.stock_class(self.family.config_class)
+        try:
+            self.config = config_class.from_dict({**content, "model_type": self.family.model_type})
+        except (StrictDataclassError, *SOURCE_FAULTS) as error:
+            raise SourceError(
+                f"--initial_model: config.json of {name!r}: {first_line(error.__cause__ or error)}; correct it"
+            ) from error
+        base_class = self.family.base_class
+        if self.config.max_position_embeddings <= base_class.counted_positions(self.config):
+            raise SourceError(
+                f"--initial_model: config.json of {name!r}: max_position_embeddings is "
+                f"{self.config.max_position_embeddings}; it must leave room for a token"
+            )
+        self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
+        self.special_positions = base_class.special_positions(self.config)
+        self.warnings: list[str] = []
+        self.files: list[Path] = []
+        if content.get("auto_map") and not self.is_lsg:
+            self.warnings.append("the source has code of its own, which was not run and does not travel along")
+        # A dry run has the configuration alone.
+        self.tokenizer = None if options.dry_run else read_tokenizer(name, self.folder, options.trust_remote_code)
+        if options.dry_run:
+            return
+        self.first_id = self._token_id("bos", "cls")
+        self.other_id = self._token_id("mask")
+
+    def _token_id(self, *kinds: str) -> int | None:
+        for kind in kinds:
+            index = getattr(self.tokenizer, f"{kind}_token_id", None)
+            if index is not None and 0 <= index < self.config.vocab_size:
+                return index
+        self.warnings.append(
+            f"the source has no {' or '.join(kind.upper() for kind in kinds)} token in its vocabulary: "
+            "global tokens start from the mean word embedding instead"
+        )
+        return None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the base model's weights begin with."""
+        return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
+
+    def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
+        """The model on CPU, in the dtype of its weights, and the names of its new and of dropped weights.
+
+        Raises:
+            SourceError: where a weight cannot be read, or is absent and would be made up.
+        """
+        name = self.options.initial_model
+        if not self.files:
+            self.files = weight_files(self.folder, self.options.allow_pickle)
+            examine(self.files)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.options.seed)
+                model, info = self.model_class.from_pretrained(
+                    self.folder,
+                    config=copy.deepcopy(self.config),
+                    dtype=self.options.dtype,
+                    use_safetensors=self.files[0].suffix == ".safetensors",
+                    weights_only=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+        except SOURCE_FAULTS as error:
+            raise SourceError(
+                f"--initial_model: the weights of {name!r} cannot be loaded: {first_line(error)}; "
+                "they must be complete, and those of the class that config.json names"
+            ) from error
+        for key, found, expected in sorted(info["mismatched_keys"]):
+            if self.has_own_head or key.startswith(self.prefix):
+                raise SourceError(
+                    f"--initial_model: {name!r}: the weight {key} has the shape {tuple(found)}, and by config.json it "
+                    f"has {tuple(expected)}; correct one of them"
+                )
+        new = sorted(info["missing_keys"])
+        # A pooler is often left out where nobody reads it.
+        made_up = [key for key in new if "pooler." not in key and (self.has_own_head or key.startswith(self.prefix))]
+        if made_up:
+            raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
+        dropped = sorted(key for key in info["unexpected_keys"] if not key.endswith(("position_ids", "token_type_ids")))
+        parts = tuple(f"{part}." for part, _ in getattr(model, model.base_model_prefix, model).named_children())
+        foreign = [key for key in dropped if key.removeprefix(f"{model.base_model_prefix}.").startswith(parts)]
+        foreign = [key for key in foreign if "pooler." not in key]
+        if foreign:
+            raise SourceError(
+                f"--initial_model: {name!r} has weights that {self.model_class.__name__} lacks: "
+                f"{', '.join(foreign[:3])}; where config.json names a wrong family, give --model_type"
+            )
+        return model, new, dropped
+
+    def global_words(self, model: PreTrainedModel) -> torch.Tensor:
+        """The word part of the global rows, shape (512, embedding width)."""
+        return surgery.global_words(
+            model.get_input_embeddings().weight.detach(),  # type: ignore[operator]
+            self.first_id,
+            self.other_id,
+            self.options.seed if self.options.random_global_init else None,
+        )
+
+    def token_type(self, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The embedding of token type 0, where global rows carry it."""
+        if not (self.options.use_token_ids and self.family.base_class.global_token_type):
+            return None
+        return state[f"{self.prefix}embeddings.token_type_embeddings.weight"][0]
+
+
+def locate(options: ConversionOptions) -> tuple[Path, str | None]:
+    """The folder of a source, and its commit where it is on the Hub; what is needed of it is downloaded.
+
+    Raises:
+        SourceError: where there is no such model.
+    """
+    name, folder = options.initial_model, Path(options.initial_model).expanduser()
+    if folder.exists():
+        if options.revision:
+            raise OptionError(f"--revision: got it with the folder {name!r}; leave it out, or give a name on the Hub")
+        if not (folder / "config.json").is_file():
+            raise SourceError(f"--initial_model: {name!r} has no config.json; give a folder that a model was saved to")
+        return folder, None
+    download = partial(
+        snapshot_download, name, revision=options.revision, token=options.hub_token, cache_dir=options.cache_dir
+    )
+    patterns = ["config.json"]
+    if not options.dry_run:
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.safetensors"]
+        patterns += ["*.py"] if options.trust_remote_code else []
+    others = ["onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*"]
+    try:
+        snapshot = Path(download(allow_patterns=patterns, ignore_patterns=others))
+        if options.allow_pickle and not options.dry_run and not list(snapshot.glob("*.safetensors")):
+            download(allow_patterns=["pytorch_model*.bin"])
+    except SOURCE_FAULTS as error:
+        raise SourceError(
+            f"--initial_model: {name!r} is no folder here, and the Hub gave no such model ({first_line(error)}); "
+            "check the name, the connection and your access"
+        ) from None  # what the Hub's client raised may hold the token
+    if not (snapshot / "config.json").is_file():
+        raise SourceError(f"--initial_model: {name!r} has no config.json on the Hub; give the name of a model")
+    return snapshot, snapshot.name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises SourceError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: it is no JSON: {first_line(error)}; correct it") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: it must hold an object, {{...}}; correct it")
+    return content
+
+
+def read_config(name: str, folder: Path) -> dict[str, Any]:
+    """The content of `config.json`. Raises SourceError."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise SourceError(
+            f"--initial_model: config.json of {name!r} names no model_type; add the family's name to it: "
+            f"{', '.join(families.model_types())}"
+        )
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(item, str) for item in names)):
+        raise SourceError(
+            f"--initial_model: config.json of {name!r}: architectures is {names!r}; it must be a list of names"
+        )
+    return config
+
+
+def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files that hold a model's weights, by Transformers' choice among them. Raises SourceError."""
+    kinds = [("model", ".safetensors")] + ([("pytorch_model", ".bin")] if allow_pickle else [])
+    for stem, suffix in kinds:
+        path, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            return shards(index, suffix)
+    hint = "restore them"
+    if not allow_pickle and list(folder.glob("pytorch_model*.bin")):
+        hint = "its weights are pickled: --allow_pickle loads them, without running code in them"
+    raise SourceError(f"--initial_model: {str(folder)!r} has no weights, such as model.safetensors; {hint}")
+
+
+def shards(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names, none of which may lie elsewhere. Raises SourceError."""
+    content = read_json(index)
+    for name in ("weight_map", "metadata"):
+        if not isinstance(content.get(name), dict) or (name == "weight_map" and not content[name]):
+            raise SourceError(f"{index}: it has no {name}; restore it")
+    names: dict[str, set[str]] = {}
+    for key, name in content["weight_map"].items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or not name.endswith(suffix):
+            raise SourceError(f"{index}: it names {name!r}; it must name files beside it that end in {suffix}")
+        names.setdefault(name, set()).add(key)
+    for name, keys in names.items():
+        if not (index.parent / name).is_file():
+            raise SourceError(f"{index}: it names {name!r}, which is not there; restore it")
+        if suffix == ".safetensors":
+            absent = sorted(keys - set(tensor_names(index.parent / name)))
+            if absent:
+                raise SourceError(f"{index}: it says that {absent[0]} is in {name}, which lacks it; restore it")
+    return [index.parent / name for name in sorted(names)]
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file, whose header is checked. Raises SourceError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"{path}: it cannot be read: {first_line(error)}; restore it") from error
+
+
+def examine(files: list[Path]) -> None:
+    """Raise SourceError where a weight is not finite, or stands in two files."""
+    seen: dict[str, Path] = {}
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        for name in tensor_names(path):
+            if name in seen:
+                raise SourceError(f"{path}: the weight {name} is in {seen[name].name} too; remove one of them")
+            seen[name] = path
+            for part in read_parts(path, name):
+                if part.is_floating_point() and not bool(part.isfinite().all()):
+                    raise SourceError(f"{path}: the weight {name} has values that are not finite; restore it")
+
+
+def read_parts(path: Path, name: str, size: int = 2**26) -> Iterator[torch.Tensor]:
+    """A tensor of a safetensors file, some rows of it after the other, of about `size` bytes each.
+
+    The file is opened for each part: what was read stays mapped, and counts as memory, until it is closed.
+    """
+    with safe_open(path, framework="pt") as file:
+        shape = file.get_slice(name).get_shape()
+        if not shape:
+            yield file.get_tensor(name)
+            return
+    step = max(size // max(4 * math.prod(shape[1:]), 1), 1)
+    for start in range(0, shape[0], step):
+        with safe_open(path, framework="pt") as file:
+            yield file.get_slice(name)[start : start + step]
+
+
+def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The source's tokenizer, or None where it has none. Raises SourceError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Where there are no files, Transformers makes up a tokenizer that knows its special tokens alone.
+        return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+    except Exception as error:  # the tokenizers library raises no narrower one
+        if any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
+            raise SourceError(
+                f"--initial_model: the tokenizer of {name!r} cannot be loaded: {first_line(error)}; "
+                "repair its files, or remove them"
+            ) from error
+        return None

@@ -1,0 +1,441 @@
+"""What a user can get wrong: each gives one line and an exit code, and leaves nothing behind."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_command
+from safetensors.torch import load_file, save_file
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def source(bert, tmp_path):
+    """A copy of the recorded source that a test may change."""
+    shutil.copytree(bert.source, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def config(**changes):
+    def change(folder):
+        content = {**json.loads((folder / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+    return change
+
+
+def weights(change):
+    def apply(folder):
+        path = folder / "model.safetensors"
+        state = change(load_file(path))
+        save_file({name: value.contiguous() for name, value in state.items()}, path, metadata={"format": "pt"})
+
+    return apply
+
+
+def weight(name, change):
+    return weights(lambda state: {key: change(value) if name in key else value for key, value in state.items()})
+
+
+def without(name):
+    return weights(lambda state: {key: value for key, value in state.items() if name not in key})
+
+
+def data(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def set_nan(value):
+    value = value.clone()
+    value.view(-1)[0] = float("nan")
+    return value
+
+
+def header(change):
+    """Change the header of the safetensors file."""
+
+    def apply(folder):
+        path = folder / "model.safetensors"
+        raw = path.read_bytes()
+        (size,) = struct.unpack("<Q", raw[:8])
+        content = change(json.loads(raw[8 : 8 + size]))
+        text = json.dumps(content).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+    return apply
+
+
+def overlap(content):
+    first, second = [name for name in content if name != "__metadata__"][:2]
+    content[second]["data_offsets"] = content[first]["data_offsets"]
+    return content
+
+
+def shuffle(content):
+    names = [name for name in content if name != "__metadata__"]
+    offsets = [content[name]["data_offsets"] for name in names]
+    for name, other in zip(names, offsets[1:] + offsets[:1], strict=True):
+        content[name]["data_offsets"] = other
+    return content
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def same(index):
+    return index
+
+
+def shard(folder, change=same):
+    """Two shards and their index instead of one file."""
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    parts = {FIRST: names[::2], SECOND: names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: state[key] for key in keys}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(change(index)))
+
+
+def sharded(change=same, *more):
+    return lambda folder: [shard(folder, change), *[step(folder) for step in more]]
+
+
+def pointing(place):
+    def change(index):
+        return {**index, "weight_map": dict.fromkeys(index["weight_map"], place)}
+
+    return sharded(change)
+
+
+def swapped(index):
+    other = {FIRST: SECOND, SECOND: FIRST}
+    return {**index, "weight_map": {key: other[file] for key, file in index["weight_map"].items()}}
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+SOURCES = [
+    (empty, "has no config.json"),
+    (remove("config.json"), "has no config.json"),
+    (data("config.json", lambda raw: raw[:50]), "config.json: it is no JSON"),
+    (data("config.json", lambda raw: b""), "config.json: it is no JSON"),
+    (data("config.json", lambda raw: b"\xff\xfe\x00"), "config.json: it is no JSON"),
+    (data("config.json", lambda raw: b"[" * 100_000), "config.json: it is no JSON"),
+    (data("config.json", lambda raw: b"[1]"), "config.json: it must hold an object"),
+    (config(model_type=...), "names no model_type; add the family's name to it: albert, bart, bert"),
+    (config(model_type=7), "names no model_type"),
+    (config(model_type="gpt2"), "got 'gpt2' from config.json or the command; known are albert, bart, bert"),
+    (config(architectures="BertModel"), "architectures is 'BertModel'; it must be a list"),
+    (config(hidden_size="16"), "Field 'hidden_size' expected int"),
+    (config(hidden_size=24), "has the shape (16,), and by config.json it has (24,)"),
+    (config(num_attention_heads=3), "config.json of"),
+    (config(position_embedding_type="relative_key"), "LSG has no relative positions"),
+    (config(is_decoder=True), "LSG has no causal form yet"),
+    (without("seq_relationship"), "lacks weights: cls.seq_relationship"),
+    (config(max_position_embeddings=0), "max_position_embeddings"),
+    (config(max_position_embeddings=-5), "max_position_embeddings"),
+    (config(vocab_size=60), "has the shape (120, 16), and by config.json it has (60, 16)"),
+    (data("model.safetensors", lambda raw: b""), "model.safetensors: it cannot be read"),
+    (data("model.safetensors", lambda raw: raw[: len(raw) // 2]), "model.safetensors: it cannot be read"),
+    (data("model.safetensors", lambda raw: raw[:4]), "model.safetensors: it cannot be read"),
+    (data("model.safetensors", lambda raw: struct.pack("<Q", 2**40) + raw[8:]), "model.safetensors: it cannot be read"),
+    (data("model.safetensors", lambda raw: raw[:8] + b"x" + raw[9:]), "model.safetensors: it cannot be read"),
+    (data("model.safetensors", lambda raw: b"version https://git-lfs.github.com/spec/v1\n"), "it cannot be read"),
+    (header(overlap), "model.safetensors: it cannot be read"),
+    (header(shuffle), "model.safetensors: it cannot be read"),
+    (weight("pooler.dense.weight", set_nan), "the weight bert.pooler.dense.weight has values that are not finite"),
+    (weight("word_embeddings", lambda value: value / 0), "word_embeddings.weight has values that are not finite"),
+    (weight("pooler.dense.weight", lambda value: value[:, :8]), "has the shape (16, 8), and by config.json"),
+    (without("layer.1.output.dense.weight"), "lacks weights: bert.encoder.layer.1.output.dense.weight"),
+    (without("word_embeddings"), "lacks weights"),
+    (without("position_embeddings"), "lacks weights: bert.embeddings.position_embeddings.weight"),
+    (remove("model.safetensors"), "has no weights, such as model.safetensors"),
+    (pickled, "its weights are pickled: --allow_pickle loads them"),
+    (sharded(swapped), "which lacks it"),
+    (sharded(lambda index: {"metadata": {}}), "has no weight_map"),
+    (sharded(lambda index: {**index, "weight_map": []}), "has no weight_map"),
+    (sharded(lambda index: {"weight_map": index["weight_map"]}), "has no metadata"),
+    (sharded(lambda index: {**index, "weight_map": {}}), "has no weight_map"),
+    (sharded(lambda index: {**index, "weight_map": {"a": 3}}), "it names 3"),
+    (sharded(same, remove(SECOND)), "'model-00002-of-00002.safetensors', which is not there"),
+    (sharded(same, data("model.safetensors.index.json", lambda raw: raw[:40])), "index.json: it is no JSON"),
+    (sharded(same, data(SECOND, lambda raw: raw[:900])), "00002-of-00002.safetensors: it cannot be read"),
+    (pointing("../outside.safetensors"), "it names '../outside.safetensors'"),
+    (pointing("/etc/model.safetensors"), "it names '/etc/model.safetensors'"),
+    (pointing("sub/model.safetensors"), "it names 'sub/model.safetensors'"),
+    (pointing("model.bin"), "it names 'model.bin'"),
+    (data("tokenizer.json", lambda raw: raw[:99]), "the tokenizer of"),
+    (data("tokenizer_config.json", lambda raw: b"{"), "the tokenizer of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(SOURCES)))
+def test_sources(source, tmp_path, capsys, case):
+    fault, message = SOURCES[case]
+    fault(source)
+    before = content_of(source)
+    assert run_command(source, tmp_path / "lsg") == 3
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1 and not output.out
+    assert message in output.err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"] and content_of(source) == before
+
+
+OPTIONS = [
+    (["--max_sequence_length", "0"], "--max_sequence_length: got 0"),
+    (["--max_sequence_length", "-4096"], "--max_sequence_length: got -4096"),
+    (["--max_sequence_length", "4k"], "invalid int value: '4k'"),
+    (["--max_sequence_length", "4096.5"], "invalid int value: '4096.5'"),
+    (["--max_sequence_length", "1000000000"], "the positions alone would take 64,000,000,000 bytes"),
+    (["--max_sequence_length"], "expected one argument"),
+    (["--architecture", "BertForEverything"], "has BertModel, "),
+    (["--architecture", "RobertaForMaskedLM"], "the family 'bert' has BertModel, "),
+    (["--architecture", ""], "--architecture: got an empty string"),
+    (["--revision", "main"], "--revision: got it with the folder"),
+    (["--dtype", "int8"], "'int8'"),
+    (["--position_init", "random"], "'random'"),
+    (["--global_positional_stride", "0"], "--global_positional_stride: got 0"),
+    (["--global_positional_stride", "7"], "--global_positional_stride: got 7"),
+    (["--resize_lsg"], "is no LSG checkpoint"),
+    (["--keep_first_global_token"], "is no LSG checkpoint"),
+    (["--rebuild_global_tokens"], "is no LSG checkpoint"),
+    (["--resize_lsg", "--rebuild_global_tokens"], "--resize_lsg: got --rebuild_global_tokens as well"),
+    (["--private"], "--private: got it without --push_to_hub"),
+    (["--hub_model_id", "me/it"], "--hub_model_id: got it without --push_to_hub"),
+    (["--no_verify", "--run_test"], "--no_verify: got --run_test as well"),
+    (["--overwrit"], "--overwrit: no such option; did you mean --overwrite?"),
+    (["--max_seq_length", "3"], "--max_seq_length: no such option; did you mean --max_sequence_length?"),
+    (["stray"], "stray: no such option"),
+    (["--seed", "x"], "invalid int value: 'x'"),
+    (["--model_kwargs", "{'block_size': 64"], "--model_kwargs: got"),
+    (["--model_kwargs", "{'block_size': 32 * 2}"], "literals"),
+    (["--model_kwargs", "{'block_size': __import__('os').getpid()}"], "literals"),
+    (["--model_kwargs", "dict(block_size=64)"], "literals"),
+    (["--model_kwargs", "['block_size']"], "literals"),
+    (["--model_kwargs", "{1: 2}"], "literals"),
+    (["--model_kwargs", "{'blocksize': 64}"], "unknown field 'blocksize'; did you mean 'block_size'"),
+    (["--model_kwargs", "{'hidden_size': 64}"], "unknown field 'hidden_size'; "),
+    (["--model_kwargs", "{'block_size': 0}"], "block_size: got 0"),
+    (["--model_kwargs", "{'block_size': -128}"], "block_size: got -128"),
+    (["--model_kwargs", "{'block_size': '128'}"], "Field 'block_size' expected int, got str"),
+    (["--model_kwargs", "{'block_size': 128.0}"], "Field 'block_size' expected int, got float"),
+    (["--model_kwargs", "{'block_size': None}"], "Field 'block_size' expected int"),
+    (["--model_kwargs", "{'block_size': 100, 'sparsity_factor': 3}"], "a multiple of sparsity_factor, 3"),
+    (["--model_kwargs", "{'sparse_block_size': -1}"], "sparse_block_size: got -1"),
+    (["--model_kwargs", "{'sparse_block_size': 48}"], "sparse_block_size: got 48"),
+    (["--model_kwargs", "{'sparsity_factor': -1}"], "sparsity_factor: got -1"),
+    (["--model_kwargs", "{'sparsity_factor': 256}"], "sparsity_factor: got 256"),
+    (["--model_kwargs", "{'sparsity_type': 'best'}"], "allowed is one of none, norm"),
+    (["--model_kwargs", "{'num_global_tokens': 513}"], "num_global_tokens: got 513; allowed is 0 to 512"),
+    (["--model_kwargs", "{'num_global_tokens': -1}"], "num_global_tokens: got -1"),
+    (["--model_kwargs", "{'mask_first_token': True, 'pool_with_global': False}"], "mask_first_token: got True"),
+    (["--model_kwargs", "{'lsh_num_pre_rounds': -1}"], "lsh_num_pre_rounds: got -1"),
+    (["--model_kwargs", "{'adaptive': 'yes'}"], "Field 'adaptive' expected bool"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), OPTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_options(bert, tmp_path, capsys, flags, message):
+    assert run_command(bert.source, tmp_path / "lsg", *flags) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: --") or "stray" in output.err
+    assert output.err.count("\n") == 1 and not output.out
+    assert message in output.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("no/such", 3, "is no folder here, and the Hub gave no such model"),
+        ("/no/such/folder", 3, "is no folder here"),
+        ("a name with spaces", 3, "is no folder here"),
+        ("..", 3, "has no config.json"),
+        ("", 2, "--initial_model: got an empty string"),
+    ],
+)
+def test_names(tmp_path, capsys, name, code, message):
+    assert run_command(name, tmp_path / "lsg") == code
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_a_file(source, tmp_path, capsys):
+    assert run_command(source / "config.json", tmp_path / "lsg") == 3
+    assert "has no config.json; give a folder" in capsys.readouterr().err
+
+
+# Files of options
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"max_sequence_length": ', "neither JSON nor YAML"),
+        ("a.json", "[1, 2]", "must hold options"),
+        ("a.json", '{"max_sequence_lenght": 1}', "did you mean --max_sequence_length?"),
+        ("a.json", '{"max_sequence_length": "many"}', "invalid int value: 'many'"),
+        ("a.yaml", "a: [", "neither JSON nor YAML"),
+        ("absent.yaml", None, "No such file"),
+    ],
+)
+def test_files_of_options(bert, tmp_path, capsys, name, text, message):
+    from lsg_converter import cli
+
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    flags = ["--initial_model", str(bert.source), "--model_name", str(tmp_path / "lsg")]
+    assert cli.main([str(tmp_path / name), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "lsg").exists()
+
+
+# Targets
+
+
+@pytest.fixture
+def checkpoint(bert, tmp_path):
+    """A target that exists and is a model."""
+    assert run_command(bert.source, tmp_path / "lsg", "--quiet", "--no_verify", "--seed", "5") == 0
+    (tmp_path / "lsg" / "mine.txt").write_text("mine")
+    return tmp_path / "lsg"
+
+
+def folder(path):
+    path.mkdir()
+    (path / "mine").write_text("mine")
+
+
+TARGETS = [
+    (folder, [], "exists; give another name, or --overwrite"),
+    (folder, ["--overwrite"], "is no folder of a model"),
+    (lambda path: path.write_text("mine"), [], "exists; give another name"),
+    (lambda path: path.write_text("mine"), ["--overwrite"], "is no folder of a model"),
+    (lambda path: path.symlink_to("nowhere"), [], "exists"),
+    (lambda path: path.symlink_to("source"), ["--overwrite"], "is the source"),
+]
+
+
+@pytest.mark.parametrize(("make", "flags", "message"), TARGETS)
+def test_targets(source, tmp_path, capsys, make, flags, message):
+    make(tmp_path / "lsg")
+    before = content_of(tmp_path)
+    assert run_command(source, tmp_path / "lsg", *flags) == 4
+    output = capsys.readouterr().err
+    assert message in output and output.count("\n") == 1
+    assert content_of(tmp_path) == before and sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+@pytest.mark.parametrize("place", [".", "inner", "..", "/proc/lsg", "config.json/lsg"])
+def test_targets_at_the_source(source, capsys, place):
+    before = content_of(source)
+    for flags in ([], ["--overwrite"]):
+        assert run_command(source, source / place, *flags) == 4
+        assert capsys.readouterr().err.count("\n") == 1
+    assert content_of(source) == before
+
+
+def test_overwrite_replaces_a_checkpoint_when_the_new_one_is_complete(source, checkpoint, tmp_path):
+    assert run_command(source, checkpoint, "--overwrite", "--quiet", "--max_sequence_length", "600") == 0
+    assert json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"] == 600
+    assert not (checkpoint / "mine.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+def test_a_failed_overwrite_leaves_what_was_there(source, checkpoint, tmp_path, monkeypatch):
+    before = content_of(checkpoint)
+    monkeypatch.setattr("lsg_converter.verify.finite_output", lambda *_: 1 / 0)
+    assert run_command(source, checkpoint, "--overwrite") == 1
+    assert content_of(checkpoint) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+# Interruptions
+
+
+def command(source, target, *flags):
+    script = [sys.executable, str(ROOT / "convert_checkpoint.py"), "--quiet"]
+    return [*script, "--initial_model", str(source), "--model_name", str(target), *flags]
+
+
+def start(source, target, *flags):
+    """The command in a process of its own, once it has begun to write."""
+    arguments = command(source, target, "--run_test", *flags)
+    process = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": ""}, stderr=subprocess.PIPE, text=True)
+    while not list(target.parent.glob(".lsg-*/lsg/config.json")) and process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_interrupted(source, checkpoint, tmp_path, number, code):
+    before = content_of(checkpoint)
+    process = start(source, checkpoint, "--overwrite")
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert content_of(checkpoint) == before
+    left = list(tmp_path.glob(".lsg-*"))
+    if number != signal.SIGKILL:
+        assert error == "error: interrupted; nothing was written\n" and not left
+        return
+    # The next conversion removes what the kill left, once it is old; a stage in use stays.
+    os.utime(left[0], (0, 0))
+    assert run_command(source, tmp_path / "other", "--quiet", "--no_verify") == 0
+    assert not list(tmp_path.glob(".lsg-*"))
+
+
+def test_run_twice_at_once(source, tmp_path):
+    processes = [
+        subprocess.Popen(command(source, tmp_path / "lsg"), stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 4], errors
+    assert any("--model_name" in error for error in errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+    assert run_command(tmp_path / "lsg", tmp_path / "again", "--resize_lsg", "--quiet") == 0
+
+
+def test_out_of_disk(source, checkpoint, tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    before = content_of(checkpoint)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        "from lsg_converter import cli; sys.exit(cli.main())"
+    )
+    flags = command(source, checkpoint, "--overwrite")[2:]
+    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 4 and result.stderr.count("\n") == 1
+    assert "--model_name" in result.stderr and "cannot be written" in result.stderr
+    assert content_of(checkpoint) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
