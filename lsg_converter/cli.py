@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from . import __version__
+from .card import usage
 from .convert import convert
 from .options import ConversionError, ConversionOptions, OptionError
 from .report import ConversionReport
@@ -188,20 +189,10 @@ def describe(report: ConversionReport) -> str:
             for run in report.heads
         ]
         lines.append("")
-    names = report.auto_class + (", AutoTokenizer" if report.has_tokenizer else "")
-    lines += [
-        f"written       {options.model_name}",
-        *([f"pushed to     {report.pushed_to}"] if report.pushed_to else []),
-        "",
-        "Load it with",
-        "",
-        f"    from transformers import {names}",
-        "",
-        f"    model = {report.auto_class}.from_pretrained({options.model_name!r}, trust_remote_code=True)",
-    ]
-    if report.has_tokenizer:
-        lines.append(f"    tokenizer = AutoTokenizer.from_pretrained({options.model_name!r})")
-    return "\n".join(lines)
+    lines += [f"written       {options.model_name}"]
+    lines += [f"pushed to     {report.pushed_to}"] if report.pushed_to else []
+    code = [f"    {line}".rstrip() for line in usage(report, options.model_name).splitlines()]
+    return "\n".join([*lines, "", "Use it with", "", *code])
 
 
 def describe_sparsity(lsg: dict) -> str:

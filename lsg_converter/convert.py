@@ -94,7 +94,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
             )
         positions = f"positions: computed for {length} tokens"
     else:
-        how = "repeated" if options.position_init == "tile" else "stretched"
+        how = "stretched" if options.position_init == "interpolate" else "cut" if length < trained else "repeated"
         positions = f"positions: the {trained} trained rows, {how} to {length}"
     if length < trained:
         source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")

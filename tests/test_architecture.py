@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "cli": {"convert", "report", "verify", "options", "__init__"},
+    "cli": {"convert", "card", "report", "verify", "options", "__init__"},
     "convert": {"families", "surgery", "source", "target", "verify", "report", "card", "hub", "options"},
     "hub": {"source", "options"},
     "card": {"report"},

@@ -35,10 +35,10 @@ def test_script(bert, tmp_path):
         "blocks of 64",
         "equal the source's to the bit (45 tensors)",
         "AutoModelForQuestionAnswering        bfloat16       700",
-        "model = AutoModelForPreTraining.from_pretrained('out/lsg', trust_remote_code=True)",
+        'model = AutoModelForPreTraining.from_pretrained("out/lsg", trust_remote_code=True)',
     ):
         assert text in result.stdout
-    lines = result.stdout.split("Load it with")[1].splitlines()
+    lines = result.stdout.split("Use it with")[1].splitlines()
     code = "\n".join(line.strip() for line in lines if line.strip())
     loaded = subprocess.run(
         [sys.executable, "-c", code + "\nassert model.config.mask_first_token and tokenizer.model_max_length == 700"],

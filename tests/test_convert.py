@@ -168,14 +168,20 @@ def test_truncation_of_the_old_length_is_gone(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lsg", [{"adaptive": False, "block_size": 32}, {"num_global_tokens": 0}, {"sparsity_type": "lsh"}]
+    "lsg",
+    [
+        {"adaptive": False, "block_size": 32},
+        {"num_global_tokens": 0},
+        {"num_global_tokens": 0, "mask_first_token": True},
+        {"sparsity_type": "lsh"},
+    ],
 )
 def test_every_kind_of_attention_is_verified(source, tmp_path, lsg):
     report = run(source, tmp_path / "lsg", max_sequence_length=555, model_kwargs=lsg)
     exact = [check for check in report.checks if check.name == "256 tokens give what the source gives"]
     assert len(report.checks) == 7 + len(exact)
     # Without global tokens, to the bit.
-    assert [check.figure for check in exact] == ["to the bit"] * ("num_global_tokens" in lsg)
+    assert [check.figure for check in exact] == ["to the bit"] * (lsg == {"num_global_tokens": 0})
 
 
 # What is refused; test_faults.py has more.
