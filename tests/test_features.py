@@ -319,6 +319,7 @@ def large(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_memory(large):
     """A conversion needs little more than the size of its source, which is read as it lies on disk."""
     config = BertConfig(vocab_size=210_000, hidden_size=1024, num_hidden_layers=24, intermediate_size=4096)
