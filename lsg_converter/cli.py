@@ -155,7 +155,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ConversionError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 143 if isinstance(error, Terminated) else 130, "interrupted; nothing was written"
+        return 143 if isinstance(error, Terminated) else 130, "interrupted; nothing is left half-written"
     return 1, f"{type(error).__name__}: {error}; nothing was written, please report this; --debug shows where it arose"
 
 

@@ -141,6 +141,8 @@ class ConversionOptions:
             raise OptionError(
                 f"--global_positional_stride: got {self.global_positional_stride}; give a power of two from 1 to 512"
             )
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"--seed: got {self.seed}; give a number from 0 to 2**63 - 1")
         for name, needed in (("private", "push_to_hub"), ("hub_model_id", "push_to_hub")):
             if self._is(name) and not self._is(needed):
                 raise OptionError(f"--{name}: got it without --{needed}; give both, or none")

@@ -27,6 +27,7 @@ SOURCE_FAULTS = (
     KeyError,
     TypeError,
     AttributeError,
+    ImportError,
     SafetensorError,
     UnpicklingError,
 )
@@ -34,6 +35,8 @@ SOURCE_FAULTS = (
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, for a message of one line."""
+    if isinstance(error, KeyError):
+        return f"unknown is {error}"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
 
 
@@ -71,9 +74,16 @@ class Source:
                 "--resize_lsg keeps them, --keep_first_global_token the first, --rebuild_global_tokens none"
             )
         if options.architecture is None and not named:
-            raise OptionError(
-                f"--architecture: config.json of {name!r} names none; "
-                f"give one of {', '.join(self.family.architectures)}"
+            raise SourceError(
+                f"--initial_model: config.json of {name!r} names no architecture; "
+                f"give --architecture one of {', '.join(self.family.architectures)}"
+            )
+        if content.get("quantization_config"):
+            raise SourceError(f"--initial_model: {name!r} is quantized; give the model that it was made from")
+        if options.architecture is None and named[0].removeprefix("LSG") not in self.family.architectures:
+            raise SourceError(
+                f"--initial_model: config.json of {name!r} names the class {named[0]!r}, which the family "
+                f"{self.family.model_type!r} lacks; give --architecture one of {', '.join(self.family.architectures)}"
             )
         self.lsg_class = self.family.lsg_class(options.architecture or named[0])
         self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
@@ -147,6 +157,9 @@ class Source:
                 f"--initial_model: the weights of {name!r} cannot be loaded: {first_line(error)}; "
                 "they must be complete, and those of the class that config.json names"
             ) from error
+        for key, tensor in model.state_dict().items() if self.files[0].suffix == ".bin" else ():
+            if not bool(tensor.isfinite().all()):  # safetensors were examined before they were loaded
+                raise SourceError(f"--initial_model: {name!r}: the weight {key} has values that are not finite")
         for key, found, expected in sorted(info["mismatched_keys"]):
             if self.has_own_head or key.startswith(self.prefix):
                 raise SourceError(

@@ -59,7 +59,8 @@ def staged(options: ConversionOptions) -> Iterator[Path]:
     try:
         with FileLock(stage / "lock"):
             folder = stage / path.name
-            folder.mkdir()
+            with writing(options):
+                folder.mkdir()
             yield folder
             with writing(options):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def test_interrupted(bert, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(importlib.import_module("lsg_converter.convert"), "assemble", interrupt)
     assert run_command(bert.source, tmp_path / "lsg") == 130
-    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "error: interrupted; nothing is left half-written\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -153,6 +153,13 @@ SOURCES = [
     (config(model_type=...), "names no model_type; add the family's name to it: albert, bart, bert"),
     (config(model_type=7), "names no model_type"),
     (config(model_type="gpt2"), "got 'gpt2' from config.json or the command; known are albert, bart, bert"),
+    (config(architectures=["GPT2LMHeadModel"]), "the class 'GPT2LMHeadModel', which the family 'bert' lacks; give"),
+    (config(architectures=[]), "names no architecture; give --architecture one of BertModel"),
+    (config(hidden_act="wish"), "config.json of"),
+    (config(vocab_size=-1), "config.json of"),
+    (config(num_hidden_layers=5), "lacks weights: bert.encoder.layer.2"),
+    (config(num_hidden_layers=1), "has weights that BertForPreTraining lacks: bert.encoder.layer.1"),
+    (config(quantization_config={"quant_method": "bitsandbytes"}), "is quantized"),
     (config(architectures="BertModel"), "architectures is 'BertModel'; it must be a list"),
     (config(hidden_size="16"), "Field 'hidden_size' expected int"),
     (config(hidden_size=24), "has the shape (16,), and by config.json it has (24,)"),
@@ -235,6 +242,8 @@ OPTIONS = [
     (["--max_seq_length", "3"], "--max_seq_length: no such option; did you mean --max_sequence_length?"),
     (["stray"], "stray: no such option"),
     (["--seed", "x"], "invalid int value: 'x'"),
+    (["--seed", "-1"], "--seed: got -1"),
+    (["--seed", str(2**70)], "--seed: got 1180591620717411303424"),
     (["--model_kwargs", "{'block_size': 64"], "--model_kwargs: got"),
     (["--model_kwargs", "{'block_size': 32 * 2}"], "literals"),
     (["--model_kwargs", "{'block_size': __import__('os').getpid()}"], "literals"),
@@ -355,6 +364,12 @@ def test_targets(source, tmp_path, capsys, make, flags, message):
     assert content_of(tmp_path) == before and sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
 
 
+def test_a_target_whose_name_is_too_long(source, tmp_path, capsys):
+    assert run_command(source, tmp_path / ("x" * 300)) == 4
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("place", [".", "inner", "..", "/proc/lsg", "config.json/lsg"])
 def test_targets_at_the_source(source, capsys, place):
     before = content_of(source)
@@ -407,7 +422,7 @@ def test_interrupted(source, checkpoint, tmp_path, number, code):
     assert content_of(checkpoint) == before
     left = list(tmp_path.glob(".lsg-*"))
     if number != signal.SIGKILL:
-        assert error == "error: interrupted; nothing was written\n" and not left
+        assert error == "error: interrupted; nothing is left half-written\n" and not left
         return
     # The next conversion removes what the kill left, once it is old; a stage in use stays.
     os.utime(left[0], (0, 0))

@@ -101,6 +101,16 @@ def test_pickles_load_by_a_flag_alone(published, tmp_path, capsys):
     assert torch.equal(tables(tmp_path / "lsg")[0], expected)
 
 
+def test_a_pickle_with_values_that_are_not_finite(published, tmp_path, capsys):
+    source, _ = published
+    state = load_file(source / "model.safetensors")
+    next(iter(state.values())).view(-1)[0] = float("inf")
+    torch.save(state, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    assert run_command(source, tmp_path / "lsg", "--resize_lsg", "--allow_pickle") == 3
+    assert "values that are not finite" in capsys.readouterr().err
+
+
 class Evil:
     def __reduce__(self):
         return (open, ("ran", "w"))
