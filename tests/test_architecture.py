@@ -21,7 +21,8 @@ BELOW = {
     "__init__": {"convert", "report", "options"},
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": set(),
-    "modeling/lsg_attention": {"lsg_layout", "lsg_sparsity"},
+    "modeling/lsg_cpu": {"lsg_layout"},
+    "modeling/lsg_attention": {"lsg_cpu", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_modeling": {"lsg_attention", "lsg_sparsity"},
 }
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .lsg_layout import local_window, pad_to_multiple, sparse_windows, take_windows
+from .lsg_cpu import blockwise_attention, cpu_kernel_serves
+from .lsg_layout import Sequence, Window, local_window, pad_to_multiple, sparse_windows, take_windows
 from .lsg_sparsity import sparsify
 
 
@@ -40,7 +41,8 @@ def lsg_attention(
         keep: boolean, shape (batch, g + t): True where a token may be attended to.
         dropout: the probability with which a probability is dropped.
         kernel: "eager", which is the plain reference and also returns its probabilities, or "sdpa", which calls
-            torch's fused attention on each block's keys.
+            torch's fused attention on each block's keys: on a CPU block by block, elsewhere, with dropout, and when
+            it is compiled or exported, all at once.
 
     Returns:
         The output, of the shape of `query`; it is zero where a query has no key. With "eager" also the probabilities,
@@ -52,7 +54,7 @@ def lsg_attention(
     Raises:
         ValueError: where a shape does not fit, or `kernel` or `sparsity_type` is unknown.
     """
-    batch, heads, length, head_dim = query.shape
+    batch, _, length, _ = query.shape
     if key.shape != query.shape or value.shape != query.shape or keep.shape != (batch, length):
         raise ValueError(
             f"key and value must have the shape of query, {tuple(query.shape)}, and keep {(batch, length)}; "
@@ -71,11 +73,11 @@ def lsg_attention(
         pad_to_multiple(tokens[:, :, g:], block_size, dim=2) for tokens in (query, key, value)
     )
     text_keep = pad_to_multiple(keep[:, None, g:], block_size, dim=2)
-    num_blocks = text_keep.shape[2] // block_size
 
-    # What each block sees, part by part: keys, values and mask of shape (batch, heads, blocks, keys of the part, ...).
-    seen = [[x[:, :, None, :g].expand(-1, -1, num_blocks, *[-1] * (x.dim() - 2)) for x in (key, value, keep[:, None])]]
-    seen.append([take_windows(x, local_window(block_size), num_blocks) for x in (text_key, text_value, text_keep)])
+    sequences = [
+        Sequence(key[:, :, :g], value[:, :, :g], keep[:, None, :g], (Window(offset=0, size=g, step=0),)),
+        Sequence(text_key, text_value, text_keep, (local_window(block_size),)),
+    ]
     if sparsity_type not in (None, "none") and sparse_block_size and sparsity_factor:
         sparse = sparsify(
             text_key,
@@ -89,24 +91,46 @@ def lsg_attention(
             lsh_num_pre_rounds=lsh_num_pre_rounds,
             lsh_seed=lsh_seed,
         )
-        for window in sparse_windows(block_size, sparse_block_size, sparsity_factor):
-            seen.append([take_windows(x, window, num_blocks) for x in sparse])
+        sequences.append(Sequence(*sparse, sparse_windows(block_size, sparse_block_size, sparsity_factor)))
 
-    # Blocks join the heads, so that one call of four dimensions serves all of them.
-    block_key, block_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
-    block_keep = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
-    block_query = text_query.unflatten(2, (num_blocks, block_size)).flatten(1, 2)
-    output, probabilities = attend(block_query, block_key, block_value, block_keep[:, :, None], dropout)
-    output = output.view(batch, heads, -1, head_dim)[:, :, : length - g]
+    probabilities = None
+    if kernel == "sdpa" and cpu_kernel_serves(query, dropout):
+        output = blockwise_attention(text_query, sequences, block_size)
+    else:
+        output, probabilities = all_at_once(text_query, sequences, block_size, dropout, attend)
+    output = output[:, :, : length - g]
 
     global_output, global_probabilities = attend(query[:, :, :g], key, value, keep[:, None, None], dropout)
     output = torch.cat([global_output, output], dim=2)
     if probabilities is None or global_probabilities is None:
         return output, None
-    return output, (
-        probabilities.view(batch, heads, -1, probabilities.shape[-1])[:, :, : length - g],
-        global_probabilities,
-    )
+    return output, (probabilities[:, :, : length - g], global_probabilities)
+
+
+def all_at_once(
+    query: torch.Tensor,
+    sequences: list[Sequence],
+    block_size: int,
+    dropout: float,
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention of text queries, whole blocks of shape (batch, heads, t, head_dim), by one call of `attend`: the
+    form for every device, for compiling and for export."""
+    heads, num_blocks = query.shape[1], query.shape[2] // block_size
+    # What each block sees, part by part: keys, values and mask of shape (batch, heads, blocks, keys of the part, ...).
+    seen = [
+        [take_windows(x, window, num_blocks) for x in (sequence.key, sequence.value, sequence.keep)]
+        for sequence in sequences
+        for window in sequence.windows
+    ]
+    # Blocks join the heads, so that one call of four dimensions serves all of them.
+    key, value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
+    keep = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
+    blocks = query.unflatten(2, (num_blocks, block_size)).flatten(1, 2)
+    output, probabilities = attend(blocks, key, value, keep[:, :, None], dropout)
+    if probabilities is not None:
+        probabilities = probabilities.view(*query.shape[:3], -1)
+    return output.view(query.shape), probabilities
 
 
 def eager_kernel(

@@ -12,11 +12,24 @@ import torch.nn.functional as F
 
 
 class Window(NamedTuple):
-    """The keys that each block sees of one sequence: block `i` sees `[offset + i * step, ... + size)`."""
+    """The keys that each block sees of one sequence: block `i` sees `[offset + i * step, ... + size)`.
+
+    A step of 0 means that all blocks see the same.
+    """
 
     offset: int
     size: int
     step: int
+
+
+class Sequence(NamedTuple):
+    """Keys and values that blocks see through `windows`: (batch, heads, length, head_dim) each, and `keep`, which is
+    boolean, of shape (batch, heads or 1, length)."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    keep: torch.Tensor
+    windows: tuple[Window, ...]
 
 
 def local_window(block_size: int) -> Window:
@@ -52,6 +65,9 @@ def take_windows(sequence: torch.Tensor, window: Window, num_blocks: int) -> tor
     Returns:
         Shape (batch, heads, num_blocks, window.size, ...). What lies outside the sequence is zero, or False.
     """
+    if window.step == 0:
+        same = sequence[:, :, None, window.offset : window.offset + window.size]
+        return same.expand(-1, -1, num_blocks, *same.shape[3:])
     end = window.offset + (num_blocks - 1) * window.step + window.size
     trailing = [0, 0] * (sequence.dim() - 3)
     # A negative amount of padding cuts: a window on the right does not begin where the sequence does.
