@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -180,8 +181,14 @@ def build(source: Source, config: Any) -> PreTrainedModel:
 
 
 def assemble(model: PreTrainedModel, source: Source, original: PreTrainedModel) -> None:
-    """Give the model the weights of `original`, which it shares, and its own tables."""
-    model.load_state_dict({**original.state_dict(), **long_tables(source, original)}, assign=True)
+    """Give the model the weights of `original`, which it shares, and its own tables. Raises OptionError."""
+    state = {**original.state_dict(), **long_tables(source, original)}
+    if absent := sorted(model.state_dict().keys() - state.keys()):
+        raise OptionError(
+            f"--architecture: in Transformers {transformers.__version__} {type(original).__name__} lacks {absent[0]}, "
+            "which it reads; use a newer one"
+        )
+    model.load_state_dict(state, assign=True)
     # As in the source: where its files hold two values for what its configuration ties, they stay two.
     model.all_tied_weights_keys = dict(original.all_tied_weights_keys)
     model.tie_weights(recompute_mapping=False)

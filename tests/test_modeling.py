@@ -475,7 +475,7 @@ def test_compiles_as_one_graph(load):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for tokens in (6, 30):
         ids = ids_of(model, 2, tokens)
-        close(compiled(ids, torch.ones_like(ids)).last_hidden_state, states(model, ids))
+        close(compiled(ids, torch.ones_like(ids)).last_hidden_state, states(model, ids), atol=5e-5)
     torch._dynamo.reset()
 
 
