@@ -1,0 +1,89 @@
+"""The benchmark of `experiments/efficiency`, on models of one narrow layer."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments" / "efficiency"))
+
+import benchmark
+
+
+TINY = ["--width", "32", "--layers", "1", "--lengths", "64", "100", "--repeats", "1"]
+NAMES = ["floor", "LSG 256/0", "LSG 128/128", "LSG 32/32", "full", "Longformer", "BigBird", "ModernBERT"]
+
+
+def test_every_model_is_measured(tmp_path, capsys):
+    assert benchmark.main([*TINY, "--output", str(tmp_path / "results"), "--figures", str(tmp_path / "img")]) == 0
+    content = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    measured = {(item["mode"], item["length"], item["model"]): item for item in content["measurements"]}
+    assert list(measured) == [(mode, n, name) for n in (64, 100) for mode in ("forward", "training") for name in NAMES]
+    for (mode, length, name), item in measured.items():
+        assert item["reason"] is None, (name, item["reason"])
+        floor = measured[mode, length, "floor"]["seconds"]
+        assert item["ratios"] == [own / least for own, least in zip(item["seconds"], floor, strict=True)]
+        assert item["median_ratios"] == median(item["ratios"]) and item["peak_bytes"] >= 0
+    table = (tmp_path / "results" / "results.md").read_text()
+    assert all(table.count(f"\n| {name} |") == 4 for name in NAMES)
+    assert table in capsys.readouterr().out
+    figures = {path.name for path in tmp_path.glob("img/*")}
+    assert figures == ({"cost_forward.png", "cost_training.png"} if has_matplotlib() else set())
+
+
+def has_matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_what_cannot_run_is_a_dash(tmp_path, monkeypatch):
+    """The reason stands in the JSON, and the other models are measured."""
+
+    def build(family, *arguments):
+        if family in ("full", "bigbird"):
+            raise torch.OutOfMemoryError("no room\nat all")
+        return original(family, *arguments)
+
+    original = benchmark.build
+    monkeypatch.setattr(benchmark, "build", build)
+    monkeypatch.setattr(benchmark, "first_step", lambda bench, contender, mode: bench.begin(contender))
+    assert benchmark.main([*TINY, "--modes", "forward", "--output", str(tmp_path), "--figures", str(tmp_path)]) == 0
+    measurements = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    failed = {item["model"]: item["reason"] for item in measurements if item["reason"]}
+    assert failed == dict.fromkeys(("full", "BigBird"), "OutOfMemoryError: no room")
+    assert "\n| full | - | - |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_floor_mixes_no_tokens_and_trains_every_projection():
+    options = benchmark.parse(TINY)
+    model = benchmark.build("lsg", 64, options).eval()
+    first = torch.full((1, 64), 5)
+    second = first.clone()
+    second[0, 40] = 9
+    with benchmark.without_attention():
+        states, others = (model(tokens).last_hidden_state for tokens in (first, second))
+        states.sum().backward()
+    assert (states != others).any(-1).nonzero()[:, 1].tolist() == [40]
+    attention = model.encoder.layer[0].attention.self
+    assert all(getattr(attention, name).weight.grad is not None for name in ("query", "key", "value"))
+    states, others = (model(tokens).last_hidden_state for tokens in (first, second))
+    assert (states != others).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lengths 0", "--lengths many", "--dropout 1", "--size huge", "--width 33", "--repeats -1", "--device gpu"],
+)
+def test_a_wrong_call_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
