@@ -166,7 +166,7 @@ class Source:
                     f"--initial_model: {name!r}: the weight {key} has the shape {tuple(found)}, and by config.json it "
                     f"has {tuple(expected)}; correct one of them"
                 )
-        new = sorted(info["missing_keys"])
+        new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         # A pooler is often left out where nobody reads it.
         made_up = [key for key in new if "pooler." not in key and (self.has_own_head or key.startswith(self.prefix))]
         if made_up:

@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 STAGE_PREFIX = ".lsg-"
+BEFORE = "before"  # in a stage, what stood at the target
 STALE_SECONDS = 60
 
 
@@ -65,7 +66,7 @@ def staged(options: ConversionOptions) -> Iterator[Path]:
             with writing(options):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if options.overwrite and path.exists():
-                    replace(path, folder, stage / "before")
+                    replace(path, folder, stage / BEFORE / path.name)
                 else:
                     folder.rename(path)
     finally:
@@ -74,6 +75,7 @@ def staged(options: ConversionOptions) -> Iterator[Path]:
 
 def replace(path: Path, folder: Path, before: Path) -> None:
     """Rename `folder` to `path`, from where a folder goes to `before`; or leave all as it was."""
+    before.parent.mkdir()
     path.rename(before)
     try:
         folder.rename(path)
@@ -83,11 +85,14 @@ def replace(path: Path, folder: Path, before: Path) -> None:
 
 
 def remove_stale(ancestor: Path) -> None:
-    """Remove what a conversion left in `ancestor` when it was killed: its lock is free."""
+    """Remove what a conversion left in `ancestor` when it was killed: its lock is free. What it replaced is restored."""
     for stage in ancestor.glob(f"{STAGE_PREFIX}*"):
         try:
             if (stage / "lock").exists() and time.time() - stage.stat().st_mtime > STALE_SECONDS:
                 with FileLock(stage / "lock", timeout=0):
+                    for before in stage.glob(f"{BEFORE}/*"):
+                        if not os.path.lexists(ancestor / before.name):
+                            before.rename(ancestor / before.name)
                     shutil.rmtree(stage, ignore_errors=True)
         except (Timeout, OSError):
             continue

@@ -430,6 +430,18 @@ def test_interrupted(source, checkpoint, tmp_path, number, code):
     assert not list(tmp_path.glob(".lsg-*"))
 
 
+def test_what_a_kill_in_the_last_step_took_away_comes_back(source, checkpoint, tmp_path):
+    """Killed between the two renames of --overwrite: the old checkpoint is in the stage, the new one is not in place."""
+    before = content_of(checkpoint)
+    stage = tmp_path / ".lsg-killed"
+    (stage / "before").mkdir(parents=True)
+    checkpoint.rename(stage / "before" / "lsg")
+    (stage / "lock").touch()
+    os.utime(stage, (0, 0))
+    assert run_command(source, tmp_path / "other", "--quiet", "--no_verify") == 0
+    assert content_of(checkpoint) == before and not list(tmp_path.glob(".lsg-*"))
+
+
 def test_run_twice_at_once(source, tmp_path):
     processes = [
         subprocess.Popen(command(source, tmp_path / "lsg"), stderr=subprocess.PIPE, text=True) for _ in range(2)
