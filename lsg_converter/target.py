@@ -85,7 +85,7 @@ def replace(path: Path, folder: Path, before: Path) -> None:
 
 
 def remove_stale(ancestor: Path) -> None:
-    """Remove what a conversion left in `ancestor` when it was killed: its lock is free. What it replaced is restored."""
+    """Remove what a killed conversion left in `ancestor`: its lock is free. What it replaced is restored."""
     for stage in ancestor.glob(f"{STAGE_PREFIX}*"):
         try:
             if (stage / "lock").exists() and time.time() - stage.stat().st_mtime > STALE_SECONDS:

@@ -431,7 +431,7 @@ def test_interrupted(source, checkpoint, tmp_path, number, code):
 
 
 def test_what_a_kill_in_the_last_step_took_away_comes_back(source, checkpoint, tmp_path):
-    """Killed between the two renames of --overwrite: the old checkpoint is in the stage, the new one is not in place."""
+    """Killed between the two renames of --overwrite: the old checkpoint is in the stage, the new one not in place."""
     before = content_of(checkpoint)
     stage = tmp_path / ".lsg-killed"
     (stage / "before").mkdir(parents=True)
