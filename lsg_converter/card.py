@@ -70,7 +70,6 @@ def usage(report: ConversionReport, name: str) -> str:
                 'embeddings = model.encode(["A long document. " * 100, "Another one."])',
             ]
         )
-    seq2seq = "decoder" in " ".join(report.lsg)
     loads = [f"model = {report.auto_class}.from_pretrained({name}, trust_remote_code=True)"]
     if report.has_tokenizer:
         imports = f"from transformers import {', '.join(sorted([report.auto_class, 'AutoTokenizer'], key=str.lower))}"
@@ -84,6 +83,6 @@ def usage(report: ConversionReport, name: str) -> str:
         call = "outputs = model(**{name: value[:, None] for name, value in inputs.items()})"
     elif report.auto_class == "AutoModelForSeq2SeqLM":
         call = "outputs = model.generate(**inputs, max_new_tokens=20)"
-    elif seq2seq and report.auto_class == "AutoModel":
+    elif report.auto_class == "AutoModel" and "pass_global_tokens_to_decoder" in report.lsg:
         call = 'outputs = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :1])'
     return "\n".join([imports, "", *loads, f"inputs = {inputs}", call])

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # Positions above this are surely a slip of the pen: the tables alone would fill a machine's memory.
 MAX_SEQUENCE_LENGTH = 2**24
+# What becomes of the global tokens of a source that is LSG already: one of these.
+GLOBAL_TOKEN_FLAGS = ("resize_lsg", "keep_first_global_token", "rebuild_global_tokens")
 
 
 class ConversionError(Exception):
@@ -130,7 +132,7 @@ class ConversionOptions:
         for item in fields(self):
             if getattr(self, item.name) == "":
                 raise OptionError(f"--{item.name}: got an empty string; give a name, or leave it out")
-        chosen = [name for name in ("resize_lsg", "keep_first_global_token", "rebuild_global_tokens") if self._is(name)]
+        chosen = [name for name in GLOBAL_TOKEN_FLAGS if getattr(self, name)]
         if len(chosen) > 1:
             raise OptionError(f"--{chosen[0]}: got --{chosen[1]} as well; give one of them")
         if self.max_sequence_length < 1:
@@ -143,9 +145,9 @@ class ConversionOptions:
             )
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"--seed: got {self.seed}; give a number from 0 to 2**63 - 1")
-        for name, needed in (("private", "push_to_hub"), ("hub_model_id", "push_to_hub")):
-            if self._is(name) and not self._is(needed):
-                raise OptionError(f"--{name}: got it without --{needed}; give both, or none")
+        for name in ("private", "hub_model_id"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise OptionError(f"--{name}: got it without --push_to_hub; give both, or none")
         if self.no_verify and self.run_test:
             raise OptionError("--no_verify: got --run_test as well; give one of them")
 
@@ -154,9 +156,6 @@ class ConversionOptions:
         """The token as the Hub's client takes it; `--use_auth_token True`, as it was written once, is True."""
         flags: dict[str | None, bool] = {"True": True, "true": True, "False": False, "false": False}
         return flags.get(self.token, self.token)
-
-    def _is(self, name: str) -> bool:
-        return bool(getattr(self, name))
 
     def changed(self) -> dict[str, Any]:
         """The options that are not their defaults, but for names of places and the token."""

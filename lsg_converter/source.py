@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, surgery
-from .options import ConversionOptions, OptionError, SourceError
+from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceError
 
 
 # What loading a source raises where the source is at fault.
@@ -64,8 +64,7 @@ class Source:
         named = content.get("architectures") or []
         self.family = families.family(options.model_type or content["model_type"])
         self.is_lsg = content.pop("base_model_prefix", None) == "lsg" or any(item.startswith("LSG") for item in named)
-        flags = ("resize_lsg", "keep_first_global_token", "rebuild_global_tokens")
-        wanted = [flag for flag in flags if getattr(options, flag)]
+        wanted = [flag for flag in GLOBAL_TOKEN_FLAGS if getattr(options, flag)]
         if wanted and not self.is_lsg:
             raise OptionError(f"--{wanted[0]}: {name!r} is no LSG checkpoint; leave the flag out")
         if self.is_lsg and not wanted:

@@ -74,17 +74,15 @@ def test_device_map(converted, tmp_path):
 class LateEvidence(torch.utils.data.Dataset):
     """Texts of 640 tokens whose class shows at tokens 520 to 630 alone, by one of two `words`."""
 
-    def __init__(self, model, words):
-        self.config, self.words = model.config, words
+    def __init__(self, vocabulary, words):
+        self.vocabulary, self.words = vocabulary, words
 
     def __len__(self):
         return 48
 
     def __getitem__(self, index):
-        ids = torch.randint(20, self.config.vocab_size, (640,), generator=torch.Generator().manual_seed(index))
+        ids = torch.randint(20, self.vocabulary, (640,), generator=torch.Generator().manual_seed(index))
         ids[520:630] = self.words[index % 2]
-        if self.config.is_encoder_decoder:
-            ids[-1] = self.config.eos_token_id
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": index % 2}
 
 
@@ -107,15 +105,14 @@ def globals_and_head(model):
 def test_training_finds_evidence_beyond_token_512(lsg_minilm, prepare, learning_rate, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
-        lsg_minilm, trust_remote_code=True, attention_probs_dropout_prob=0.0,
-        num_global_tokens=16,
-    )  # fmt: skip
+        lsg_minilm, trust_remote_code=True, attention_probs_dropout_prob=0.0, num_global_tokens=16
+    )
     words = AutoTokenizer.from_pretrained(lsg_minilm).convert_tokens_to_ids(["terrible", "excellent"])
     arguments = TrainingArguments(
         tmp_path, max_steps=12, per_device_train_batch_size=4, learning_rate=learning_rate, logging_steps=2,
         report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = Trainer(model=prepare(model), args=arguments, train_dataset=LateEvidence(model, words))
+    trainer = Trainer(model=prepare(model), args=arguments, train_dataset=LateEvidence(model.config.vocab_size, words))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
