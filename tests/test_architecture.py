@@ -23,7 +23,7 @@ BELOW = {
     "modeling/lsg_sparsity": set(),
     "modeling/lsg_cpu": {"lsg_layout"},
     "modeling/lsg_attention": {"lsg_cpu", "lsg_layout", "lsg_sparsity"},
-    "modeling/lsg_modeling": {"lsg_attention", "lsg_sparsity"},
+    "modeling/lsg_modeling": {"lsg_attention", "lsg_cpu", "lsg_sparsity"},
 }
 
 

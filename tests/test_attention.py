@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 
-from lsg_converter.modeling import lsg_attention as module
+from lsg_converter.modeling import lsg_attention as module, lsg_cpu
 from lsg_converter.modeling.lsg_attention import KERNELS
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
@@ -14,16 +14,20 @@ from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 HEADS, WIDTH = 3, 8
 # block_size, sparse_block_size, sparsity_factor
 SHAPES = [(4, 4, 2), (8, 8, 4), (8, 4, 2), (4, 8, 2), (4, 4, 1), (6, 6, 2), (6, 3, 3), (4, 0, 2), (4, 4, 0), (4, 4, 4)]
-# On a CPU "sdpa" goes block by block; the form for other devices is asked for here by this name.
-PORTABLE = "portable"
-FORMS = [*KERNELS, PORTABLE]
+# On a CPU "sdpa" goes block by block. By these names the tests ask for the form for other devices, and for that of
+# CPUs which multiply half precision as fast.
+PORTABLE, NATIVE = "portable", "native"
+FORMS = [*KERNELS, PORTABLE, NATIVE]
 
 
 def lsg_attention(*tensors, kernel="sdpa", **kwargs):
-    if kernel != PORTABLE:
-        return module.lsg_attention(*tensors, kernel=kernel, **kwargs)
-    with mock.patch.object(module, "cpu_kernel_serves", lambda *_: False):
-        return module.lsg_attention(*tensors, kernel="sdpa", **kwargs)
+    if kernel == PORTABLE:
+        with mock.patch.object(module, "cpu_kernel_serves", lambda *_: False):
+            return module.lsg_attention(*tensors, kernel="sdpa", **kwargs)
+    if kernel == NATIVE:
+        with mock.patch.object(lsg_cpu, "product_dtype", lambda dtype: dtype):
+            return module.lsg_attention(*tensors, kernel="sdpa", **kwargs)
+    return module.lsg_attention(*tensors, kernel=kernel, **kwargs)
 
 
 def arguments(shape, kind, g=1):
@@ -67,23 +71,149 @@ def test_eager_agrees_with_the_specification(shape, kind):
             torch.testing.assert_close(output[row], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", FORMS[1:])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def counts(keep):
+    """Where the output means something: up to the last token of a row that is kept. Shape (batch, 1, tokens, 1)."""
+    behind = keep.flip(1).cumsum(1).flip(1) == 0
+    return ~behind[:, None, :, None]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", PORTABLE])
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
-def test_kernels_agree_with_eager(shape, kind, dropout, kernel):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_agree_with_eager(shape, kind, kernel):
     for length in lengths(shape[0]):
-        *tensors, keep = inputs(length, g=2)
-        weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
+        g = (length + 2) % 3
+        *tensors, keep = inputs(length, g=g)
+        weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * counts(keep)
         results = []
         for name in ("eager", kernel):
             leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            torch.manual_seed(2)  # on a CPU both draw their dropout alike
-            output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, 2), dropout=dropout, kernel=name)
+            output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, g), kernel=name)
             (output * weight).sum().backward()
-            results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+            results.append([output.detach() * counts(keep), *(leaf.grad for leaf in leaves)])
         for expected, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+class Mask:
+    """What dropout keeps, by row, head, query and key, whichever kernel asks. A key is a token or a sparse token."""
+
+    def __init__(self, batch, g, length, shape):
+        self.block, self.sparse, self.factor = shape
+        self.g, self.tokens = g, g + length
+        padded = g + -(-length // self.block) * self.block
+        self.kept = torch.rand(batch, HEADS, padded, 2, padded, generator=torch.Generator().manual_seed(3)) >= 0.25
+
+    def eager(self, probabilities, dropout):
+        queries, keys = probabilities.shape[2:]
+        if probabilities.shape[1] == HEADS:  # not by blocks: all keys
+            return probabilities * self.kept[:, :, :queries, 0, :keys] / 0.75
+        block, g = torch.arange((self.kept.shape[2] - self.g) // self.block)[:, None], self.g
+        step = self.block // self.factor if self.factor else 0
+        local, side = torch.arange(3 * self.block), torch.arange(self.sparse if self.factor else 0)
+        columns = [torch.arange(g) + 0 * block, g + (block - 1) * self.block + local]
+        if keys > g + 3 * self.block:
+            columns += [(block - 1) * step - self.sparse + side, (block + 2) * step + side]
+        kind = torch.cat([torch.full((len(c[0]),), int(i > 1)) for i, c in enumerate(columns)])
+        column = torch.cat(columns, dim=1).clamp(0, self.kept.shape[4] - 1)
+        query = g + block * self.block + torch.arange(self.block)
+        kept = self.kept[:, :, query[:, :, None], kind, column[:, None]]
+        return probabilities * kept.view(probabilities.shape) / 0.75
+
+    def cpu(self, attention, job):
+        first = job.start // self.tokens * self.tokens
+        mask = attention.scores("mask", job).zero_()
+        for columns, part in zip(job.split(mask, dim=2), job.keys, strict=False):
+            sparse = part.tensor == lsg_cpu.SPARSE
+            length = attention.tensors[part.tensor].shape[1] * self.tokens // attention.tensors[0].shape[1]
+            start = part.start - first // self.tokens * length
+            kept = self.kept[first // self.tokens, :, job.start - first : job.stop - first, int(sparse)]
+            columns.copy_(kept[:, :, start : start + part.stop - part.start])
+        return mask
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", PORTABLE])
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_dropout_agrees_with_eager(shape, kind, kernel):
+    """What is dropped is given from outside, the same to both."""
+    for length in lengths(shape[0])[2:]:
+        *tensors, keep = inputs(length, g=2)
+        mask = Mask(len(keep), 2, length, shape)
+        weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * counts(keep)
+        results = []
+        for name in ("eager", kernel):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            with (
+                mock.patch.object(module.F, "dropout", mask.eager),
+                mock.patch.object(lsg_cpu.Attention, "dropout_mask", lambda self, job, mask=mask: mask.cpu(self, job)),
+                mock.patch.dict(KERNELS, sdpa=KERNELS["eager"]),  # torch's own draws cannot be given
+            ):
+                output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, 2), dropout=0.25, kernel=name)
+                (output * weight).sum().backward()
+            results.append([output.detach() * counts(keep), *(leaf.grad for leaf in leaves)])
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", PORTABLE])
+def test_dropout_is_drawn(kernel):
+    """As often as asked, by torch's seed, and alike in both passes."""
+    tokens, g, block = 192, 1, 32
+    query = key = torch.zeros(1, 1, g + tokens, g + tokens)  # all keys weigh the same
+    value, keep = torch.eye(g + tokens)[None, None], torch.ones(1, g + tokens, dtype=torch.bool)
+
+    def draw(seed, dropout, value=value):
+        torch.manual_seed(seed)
+        options = arguments((block, 0, 2), "none")
+        return lsg_attention(query, key, value, keep, **options, dropout=dropout, kernel=kernel)[0][0, 0]
+
+    whole = draw(0, 0.0)
+    first, again, other = draw(0, 0.1), draw(0, 0.1), draw(1, 0.1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    for dropped, p in ((first, 0.1), (draw(0, 0.7), 0.7), (draw(0, 1.0), 1.0)):
+        share = (dropped[whole > 0] == 0).double().mean()
+        assert abs(share - p) < 0.02
+        torch.testing.assert_close(dropped[dropped > 0], (whole / max(1 - p, 1e-9))[dropped > 0], rtol=1e-4, atol=0)
+    # No two queries are dropped alike, and no key is dropped more often than others.
+    dropped = (first == 0)[g:].double()[whole[g:] > 0].view(-1)
+    assert abs(torch.corrcoef(torch.stack([dropped[:-97], dropped[97:]]))[0, 1]) < 0.05
+    assert all(abs(dropped[i::4].mean() - 0.1) < 0.02 for i in range(4))
+
+
+@pytest.mark.parametrize("kind", ["norm", "lsh"])
+def test_gradients_are_those_of_the_output(kind):
+    """By finite differences, with dropout, whose draws the backward pass has to repeat."""
+    *tensors, keep = inputs(14, dtype=torch.float64)
+    leaves = [tensor[1:, :2, :, :2].clone().requires_grad_() for tensor in tensors]
+
+    def attend(*leaves):
+        torch.manual_seed(0)
+        return lsg_attention(*leaves, keep[1:], **arguments((4, 4, 2), kind), dropout=0.25)[0]
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+@pytest.mark.parametrize("g", [0, 1, 5])
+def test_rows_end_to_end_are_rows_alone(kind, g):
+    """A batch of one that holds rows end to end, short ones too, and one with a hole and padding on the left."""
+    row_lengths = [g + t for t in (30, 3, 9, 8, 17, 1)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = torch.randn(3, 1, HEADS, sum(row_lengths), WIDTH, generator=generator, dtype=torch.float64)
+    keep = torch.ones(1, sum(row_lengths), dtype=torch.bool)
+    keep[0, g : g + 2] = keep[0, g + 14] = False
+    options = arguments((4, 4, 2), kind, g)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    packed, _ = lsg_attention(*leaves, keep, **options, row_lengths=row_lengths)
+    packed.square().sum().backward()
+    others = [tensor.clone().requires_grad_() for tensor in tensors]
+    split = zip(*(x.split(row_lengths, 2) for x in others), keep.split(row_lengths, 1), strict=True)
+    alone = torch.cat([lsg_attention(*row, **options, kernel="eager")[0] for row in split], dim=2)
+    alone.square().sum().backward()
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
+    for leaf, other in zip(leaves, others, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -110,7 +240,7 @@ def test_half_precision_is_near(kind, dtype, kernel):
     options = arguments((4, 4, 2), kind)
     output, _ = lsg_attention(*tensors, keep, **options, kernel=kernel)
     exact, _ = lsg_attention(*(x.double() for x in tensors), keep, **options, kernel="eager")
-    torch.testing.assert_close(output.double(), exact, rtol=0, atol=0.03)
+    torch.testing.assert_close(output.double() * counts(keep), exact * counts(keep), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -121,7 +251,7 @@ def test_what_is_masked_is_not_seen(kind, kernel):
     options = {**arguments((4, 4, 2), kind), "kernel": kernel}
     output, _ = lsg_attention(q, k, v, keep, **options)
     other, _ = lsg_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), keep, **options)
-    torch.testing.assert_close(other, output, rtol=0, atol=1e-9)
+    torch.testing.assert_close(other * counts(keep), output * counts(keep), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kernel", FORMS)

@@ -142,6 +142,43 @@ def test_padding_to_whole_blocks_by_hand_equals_ours(load, kind):
     close(states(model, ids, mask)[:, :29], states(model, ids[:, :29]), atol=1e-10)
 
 
+@pytest.mark.parametrize("g", [0, 3])
+def test_a_batch_takes_what_its_real_tokens_take(load, g):
+    """No layer sees what a row is padded with on the right, and a padded batch gives and trains as its rows alone."""
+    model = load(dtype=torch.float64, num_global_tokens=g).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("dropout", "attention_dropout", "layerdrop"):
+        for module in model.modules():
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    ids, tokens = ids_of(model, 5, 30), [30, 3, 9, 0, 17]
+    mask = (torch.arange(30) < torch.tensor(tokens)[:, None]).long()
+    mask[0, :2] = mask[4, 5] = 0
+    weight = torch.randn(5, 30, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    seen = set()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.in_features > 16]
+    hooks = [layer.register_forward_hook(lambda _, args, __: seen.add(args[0].shape[:-1].numel())) for layer in layers]
+    packed = model(ids, mask, output_hidden_states=True)
+    (packed.last_hidden_state * weight * mask[:, :, None]).sum().backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    assert max(seen) == sum(max(g + length, 1) for length in tokens)
+    for hook in hooks:
+        hook.remove()
+    for row, length in enumerate(tokens):
+        if length:
+            alone = model(ids[row : row + 1, :length], mask[row : row + 1, :length], output_hidden_states=True)
+            (alone.last_hidden_state * (weight * mask[:, :, None])[row, :length]).sum().backward()
+            for one, whole in zip(alone.hidden_states, packed.hidden_states, strict=True):
+                assert whole.shape == (5, 30, one.shape[-1])
+                close(whole[row, :length], one[0], atol=1e-10)
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        if grad is not None:
+            close(parameter.grad, grad, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_a_row_is_the_same_alone_and_in_a_batch(load, kind):
     model = load(dtype=torch.float64, sparsity_type=kind)
@@ -216,8 +253,9 @@ def test_arguments_by_position_and_the_stock_signature(load):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_short_texts_without_globals_equal_the_stock_model(load, golden, family, kernel):
-    model = load(num_global_tokens=0, attn_implementation=kernel)
-    stock = stock_class(family.base_class).from_pretrained(golden.source, attn_implementation=kernel)
+    options = {"attn_implementation": kernel, "dtype": torch.float64}
+    model = load(num_global_tokens=0, **options)
+    stock = stock_class(family.base_class).from_pretrained(golden.source, **options)
     stock = reader(stock.eval())
     for tokens in (1, 5, 8):
         ids = ids_of(model, 2, tokens)
@@ -225,7 +263,7 @@ def test_short_texts_without_globals_equal_the_stock_model(load, golden, family,
         mask[0, (tokens + 1) // 2 :] = 0
         expected, actual = (m(ids, mask, output_hidden_states=True) for m in (stock, model))
         for a, b in zip(actual.hidden_states, expected.hidden_states, strict=True):
-            close(a[mask.bool()], b[mask.bool()], atol=1e-6)
+            close(a[mask.bool()], b[mask.bool()], atol=1e-10)
 
 
 # Outputs

@@ -6,13 +6,14 @@ gets ordinary full attention.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .lsg_cpu import blockwise_attention, cpu_kernel_serves
+from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import Sequence, Window, local_window, pad_to_multiple, sparse_windows, take_windows
-from .lsg_sparsity import sparsify
+from .lsg_sparsity import Sparse, sparsify
 
 
 Probabilities = tuple[torch.Tensor, torch.Tensor]
@@ -33,6 +34,7 @@ def lsg_attention(
     lsh_seed: int = 0,
     dropout: float = 0.0,
     kernel: str = "sdpa",
+    row_lengths: list[int] | None = None,
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
 
@@ -40,19 +42,23 @@ def lsg_attention(
         query, key, value: shape (batch, heads, g + t, head_dim): `g = num_global_tokens` globals, then `t` text tokens.
         keep: boolean, shape (batch, g + t): True where a token may be attended to.
         dropout: the probability with which a probability is dropped.
-        kernel: "eager", which is the plain reference and also returns its probabilities, or "sdpa", which calls
-            torch's fused attention on each block's keys: on a CPU block by block, elsewhere, with dropout, and when
-            it is compiled or exported, all at once.
+        kernel: "eager", which is the plain reference and also returns its probabilities, or "sdpa", the fastest that
+            runs here: on a CPU row by row and block by block (`lsg_cpu`); elsewhere, and in an exported model, torch's
+            fused attention on all blocks at once.
+        row_lengths: where a batch of one holds rows end to end, how many tokens each has, the globals included; with
+            the kernel for CPUs alone.
 
     Returns:
-        The output, of the shape of `query`; it is zero where a query has no key. With "eager" also the probabilities,
+        The output, of the shape of `query`; it is zero where a query has no key, and means nothing behind the last
+        token of a row that is kept. With "eager" also the probabilities,
         before dropout: those of the text queries and those of the global queries, of shapes (batch, heads, t, keys) and
         (batch, heads, g, g + t). The keys of a text query in block `i` are the globals, the text blocks `i - 1`, `i`,
         `i + 1`, the `S` sparse keys on the left and the `S` on the right; for `t <= 2 * block_size` they are all
         `g + t` keys.
 
     Raises:
-        ValueError: where a shape does not fit, or `kernel` or `sparsity_type` is unknown.
+        ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, or the kernel has no rows end
+            to end.
     """
     batch, _, length, _ = query.shape
     if key.shape != query.shape or value.shape != query.shape or keep.shape != (batch, length):
@@ -62,42 +68,53 @@ def lsg_attention(
         )
     if kernel not in KERNELS:
         raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join(KERNELS)}")
+    on_cpu = kernel == "sdpa" and cpu_kernel_serves(query)
+    if row_lengths is not None and not (on_cpu and batch == 1 and sum(row_lengths) == length):
+        raise ValueError(
+            f"row_lengths: got {row_lengths} for {kernel!r} on {query.device} and query of shape {tuple(query.shape)}; "
+            "they go with 'sdpa' on a CPU and a batch of one, and add up to its tokens"
+        )
     attend = KERNELS[kernel]
     g = num_global_tokens
 
-    if length - g <= 2 * block_size:
+    if row_lengths is None and length - g <= 2 * block_size:
         output, probabilities = attend(query, key, value, keep[:, None, None], dropout)
         return output, probabilities if probabilities is None else (probabilities[:, :, g:], probabilities[:, :, :g])
 
-    text_query, text_key, text_value = (
-        pad_to_multiple(tokens[:, :, g:], block_size, dim=2) for tokens in (query, key, value)
-    )
-    text_keep = pad_to_multiple(keep[:, None, g:], block_size, dim=2)
+    def whole_blocks(tokens: torch.Tensor) -> torch.Tensor:
+        """The text, padded."""
+        return pad_to_multiple(tokens[:, :, g:], block_size, dim=2)
 
+    shorten: Callable[..., Sparse | None] = partial(
+        sparsify,
+        block_size=block_size,
+        sparse_block_size=sparse_block_size,
+        sparsity_factor=sparsity_factor,
+        sparsity_type=sparsity_type,
+        lsh_num_pre_rounds=lsh_num_pre_rounds,
+        lsh_seed=lsh_seed,
+    )
+    tokens = query, key, value, keep[:, None]
+    if on_cpu:
+        rows = (
+            [tokens] if row_lengths is None else list(zip(*(x.split(row_lengths, dim=2) for x in tokens), strict=True))
+        )
+        long = [row for row in rows if row[0].shape[2] - g > 2 * block_size]
+        shortened = [shorten(*(whole_blocks(x) for x in row)) for row in long]
+        each = [sparse for sparse in shortened if sparse is not None]
+        joined = [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)]
+        sizes = g, block_size, sparse_block_size, sparsity_factor
+        return cpu_attention(query, key, value, keep, joined, row_lengths, sizes, dropout), None
+
+    text_query, text_key, text_value, text_keep = map(whole_blocks, tokens)
     sequences = [
         Sequence(key[:, :, :g], value[:, :, :g], keep[:, None, :g], (Window(offset=0, size=g, step=0),)),
         Sequence(text_key, text_value, text_keep, (local_window(block_size),)),
     ]
-    if sparsity_type not in (None, "none") and sparse_block_size and sparsity_factor:
-        sparse = sparsify(
-            text_key,
-            text_value,
-            text_keep,
-            text_query[:, :, :1],
-            block_size=block_size,
-            sparse_block_size=sparse_block_size,
-            sparsity_factor=sparsity_factor,
-            sparsity_type=sparsity_type,
-            lsh_num_pre_rounds=lsh_num_pre_rounds,
-            lsh_seed=lsh_seed,
-        )
+    sparse = shorten(text_query, text_key, text_value, text_keep)
+    if sparse is not None:
         sequences.append(Sequence(*sparse, sparse_windows(block_size, sparse_block_size, sparsity_factor)))
-
-    probabilities = None
-    if kernel == "sdpa" and cpu_kernel_serves(query, dropout):
-        output = blockwise_attention(text_query, sequences, block_size)
-    else:
-        output, probabilities = all_at_once(text_query, sequences, block_size, dropout, attend)
+    output, probabilities = all_at_once(text_query, sequences, block_size, dropout, attend)
     output = output[:, :, : length - g]
 
     global_output, global_probabilities = attend(query[:, :, :g], key, value, keep[:, None, None], dropout)
@@ -147,8 +164,7 @@ def eager_kernel(
 def sdpa_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same by torch's fused attention, which keeps no scores. (With dropout on a CPU torch has no fused form, and
-    holds the scores of each window.)"""
+    """The same by torch's fused attention, which keeps no scores. (With dropout on a CPU torch has no fused form.)"""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
 
 

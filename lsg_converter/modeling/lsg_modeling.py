@@ -7,18 +7,20 @@ Transformers: LSG lives in the modules of a model, and `config._attn_implementat
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import strict
 from transformers.utils import logging
 
 from .lsg_attention import KERNELS, lsg_attention
+from .lsg_cpu import cpu_kernel_serves
 from .lsg_sparsity import SPARSITY_TYPES
 
 
@@ -164,15 +166,24 @@ def global_tokens(module: Any, text: torch.Tensor) -> torch.Tensor:
 
 
 class LSGPositions:
-    """Mixed into the position embeddings of an encoder: the global tokens in front have no position."""
+    """Mixed into the position embeddings of an encoder. The encoder adds them to the text before the global tokens,
+    which have none, come in front; what the stock forward asks for later adds nothing."""
 
-    config: Any
+    weight: torch.Tensor
 
-    def forward(self, tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`tokens` has the shape of the input, (batch, g + t), or is this shape."""
-        g = self.config.num_global_tokens
-        text = tokens[:, g:] if torch.is_tensor(tokens) else torch.Size((tokens[0], tokens[1] - g))
-        return F.pad(super().forward(text, *args, **kwargs), (0, 0, g, 0))  # type: ignore[misc]
+    def forward(self, *args: Any, length: int | None = None, **kwargs: Any) -> torch.Tensor:
+        """The positions of a text of `length` tokens, shape (length, width); without it, a zero."""
+        if length is None:
+            return self.weight.new_zeros(())
+        first = getattr(self, "offset", 0)
+        return self.weight[first : first + length]
+
+
+class LSGComputedPositions(LSGPositions):
+    """The same for positions that are not trained."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(*args, **kwargs).detach()
 
 
 class LSGSelfAttention:
@@ -183,8 +194,16 @@ class LSGSelfAttention:
     projections: ClassVar[tuple[str, str, str]] = ("query", "key", "value")
     dropout_name: ClassVar[str] = "dropout"
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t)."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *args: Any,
+        row_lengths: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `row_lengths`
+        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
         query, key, value = (
             getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
             for name in self.projections
@@ -198,6 +217,7 @@ class LSGSelfAttention:
             **self.config.attention_arguments,
             dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
             kernel=self.config._attn_implementation,
+            row_lengths=row_lengths,
         )
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
 
@@ -223,14 +243,60 @@ def cut_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
     return states[:, g:]
 
 
+def find_row_lengths(attention_mask: torch.Tensor, kernel: str) -> list[int] | None:
+    """How many tokens each row of a batch has up to its last real one, the globals included; None where all rows have
+    as many, or where the kernel cannot do with the real tokens alone. `attention_mask` is (batch, 1, 1, g + t)."""
+    if kernel != "sdpa" or torch.compiler.is_compiling() or not cpu_kernel_serves(attention_mask):
+        return None
+    keep = attention_mask[:, 0, 0]
+    lengths = (keep * torch.arange(1, keep.shape[1] + 1)).amax(dim=1).clamp(min=1).tolist()
+    return None if min(lengths) == keep.shape[1] else lengths
+
+
+def pack_rows(
+    states: torch.Tensor, attention_mask: torch.Tensor, row_lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the real tokens of rows end to end: states to (1, all tokens, width), the mask to (1, 1, 1, all tokens)."""
+    rows = zip(states.unbind(), attention_mask[:, 0, 0].unbind(), row_lengths, strict=True)
+    packed, keep = zip(*((row[:length], mask[:length]) for row, mask, length in rows), strict=True)
+    return torch.cat(packed)[None], torch.cat(keep)[None, None, None]
+
+
+def unpack_rows(states: torch.Tensor, row_lengths: list[int] | None, length: int) -> torch.Tensor:
+    """The reverse, with zeros behind the real tokens: (1, all tokens, width) to (batch, length, width). Nothing to do
+    where `row_lengths` is None."""
+    if row_lengths is None:
+        return states
+    padded = pad_sequence(states[0].split(row_lengths), batch_first=True)
+    return F.pad(padded, (0, 0, 0, length - padded.shape[1]))
+
+
+def passes_global_tokens(config: Any) -> bool:
+    """Whether an encoder gives a decoder its global tokens too."""
+    return getattr(config, "pass_global_tokens_to_decoder", False)
+
+
 class LSGEncoder:
-    """Mixed into a family's encoder: what leaves it, and reaches poolers and heads, has the positions of the text."""
+    """Mixed into a family's encoder: its layers see real tokens alone, where that can be had; what leaves it, and
+    reaches poolers and heads, has the positions of the text."""
 
     config: Any
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
-        outputs["last_hidden_state"] = cut_global_tokens(outputs.last_hidden_state, self.config)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *args: Any,
+        row_lengths: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        length = hidden_states.shape[1]
+        if row_lengths is not None:
+            hidden_states, attention_mask = pack_rows(hidden_states, attention_mask, row_lengths)
+            kwargs["row_lengths"] = row_lengths
+        outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        states = unpack_rows(outputs.last_hidden_state, row_lengths, length)
+        outputs["last_hidden_state"] = cut_global_tokens(states, self.config)
         return outputs
 
 
@@ -255,12 +321,16 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        row_lengths, length = None, 0
         if tokens is not None:
             self.check_input(tokens, kwargs)
-            kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
+            mask = kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
+            row_lengths, length = find_row_lengths(mask, self.config._attn_implementation), mask.shape[-1]
+            if row_lengths is not None:
+                kwargs["row_lengths"] = row_lengths
             self.put_in(kwargs)
         outputs = stock_forward(self, **kwargs, return_dict=True)
-        self.cut_off(outputs)
+        self.cut_off(outputs, partial(unpack_rows, row_lengths=row_lengths, length=length))
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
@@ -371,12 +441,18 @@ class LSGReader(LSGKernels):
     def put_in(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings do not."""
 
-    def cut_off(self, outputs: Any) -> None:
-        """Cut the global tokens off what was captured on the way; the last state has left the encoder without them."""
-        g = self.config.num_global_tokens  # type: ignore[attr-defined]
+    def cut_off(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Cut the global tokens off what was captured on the way, but for the last state, with which it is done.
+
+        `unpack` gives states the form of the batch again, where their rows stand end to end.
+        """
+        config = self.config  # type: ignore[attr-defined]
+        g = config.num_global_tokens
         if outputs.get("hidden_states"):
             *inner, last = outputs["hidden_states"]
-            outputs["hidden_states"] = (*(None if states is None else states[:, g:] for states in inner), last)
+            first = 0 if passes_global_tokens(config) else g
+            inner = [None if states is None else unpack(states)[:, first:] for states in inner]
+            outputs["hidden_states"] = (*inner, last)
         split_attentions(outputs, g)
 
 
@@ -415,7 +491,7 @@ class LSGSeq2SeqEncoder(LSGReader):
 
     lsg_modules = {
         "LearnedPositionalEmbedding": LSGPositions,
-        "SinusoidalPositionalEmbedding": LSGPositions,
+        "SinusoidalPositionalEmbedding": LSGComputedPositions,
         "Attention": LSGSeq2SeqAttention,
     }
     scales_outside: ClassVar[bool] = False
@@ -429,17 +505,20 @@ class LSGSeq2SeqEncoder(LSGReader):
             text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
-        arguments["inputs_embeds"] = torch.cat([global_tokens(self, text).to(text.dtype), text], dim=1)
+        tokens = global_tokens(self, text).to(text.dtype)
+        text = text + self.embed_positions(length=text.shape[1])  # type: ignore[attr-defined]
+        states, mask = torch.cat([tokens, text], dim=1), arguments["attention_mask"]
+        if arguments.get("row_lengths") is not None:
+            states, mask = pack_rows(states, mask, arguments["row_lengths"])
+        arguments["inputs_embeds"], arguments["attention_mask"] = states, mask
 
-    def cut_off(self, outputs: Any) -> None:
+    def cut_off(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
         config = self.config  # type: ignore[attr-defined]
-        if config.pass_global_tokens_to_decoder:
-            split_attentions(outputs, config.num_global_tokens)
-            return
-        outputs["last_hidden_state"] = cut_global_tokens(outputs.last_hidden_state, config)
+        last = unpack(outputs.last_hidden_state)
+        last = outputs["last_hidden_state"] = last if passes_global_tokens(config) else cut_global_tokens(last, config)
         if outputs.get("hidden_states"):
-            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], outputs.last_hidden_state)
-        super().cut_off(outputs)
+            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
+        super().cut_off(outputs, unpack)
 
 
 class LSGWrapper(LSGKernels):

@@ -17,24 +17,26 @@ Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def sparsify(
+    query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     keep: torch.Tensor,
-    first_query: torch.Tensor,
     *,
     block_size: int,
     sparse_block_size: int,
     sparsity_factor: int,
-    sparsity_type: str,
+    sparsity_type: str | None,
     lsh_num_pre_rounds: int,
     lsh_seed: int,
-) -> Sparse:
-    """Shorten keys, values and mask by `sparsity_factor` (shapes above).
+) -> Sparse | None:
+    """Shorten keys, values and mask by `sparsity_factor` (shapes above); None where there are to be no sparse keys.
 
-    `first_query`, of shape (batch, heads, 1, head_dim), is the query of the first text token, by which `bos_pooling`
-    weighs. Raises ValueError where `sparsity_type` is unknown.
+    `bos_pooling` weighs by the first of the queries, which have the shape of the keys. Raises ValueError where
+    `sparsity_type` is unknown.
     """
     chunk_size = min(block_size, sparse_block_size)
+    if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
+        return None
     if sparsity_factor == 1:
         return key, value, keep
     if sparsity_type == "norm":
@@ -42,7 +44,7 @@ def sparsify(
     if sparsity_type == "pooling":
         return pool_mean(key, value, keep, sparsity_factor)
     if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and sparsity_factor == sparse_block_size):
-        return pool_by_query(key, value, keep, first_query, sparsity_factor)
+        return pool_by_query(key, value, keep, query[:, :, :1], sparsity_factor)
     if sparsity_type == "stride":
         return keep_strided(key, value, keep, sparsity_factor)
     if sparsity_type == "block_stride":
@@ -141,9 +143,17 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
 
 def _take(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, index: torch.Tensor) -> Sparse:
     """The tokens at `index`, of shape (batch or 1, heads, t / f)."""
-    index = index.expand(key.shape[0], -1, -1)
-    rows = index[..., None].expand(-1, -1, -1, key.shape[-1])
-    return key.gather(2, rows), value.gather(2, rows), keep.expand(-1, key.shape[1], -1).gather(2, index)
+    batch, heads, length, head_dim = key.shape
+    index = index.expand(batch, -1, -1)
+    first = length * torch.arange(batch, device=key.device)[:, None, None]
+    rows = ((first + index) * heads + torch.arange(heads, device=key.device)[:, None]).transpose(1, 2)
+
+    def take(tokens: torch.Tensor) -> torch.Tensor:
+        # As (batch, tokens, heads, head_dim), which is how the projections lay them down, whole rows are copied.
+        taken = tokens.transpose(1, 2).reshape(-1, head_dim).index_select(0, rows.flatten())
+        return taken.view(*rows.shape, head_dim).transpose(1, 2)
+
+    return take(key), take(value), keep.expand(-1, heads, -1).gather(2, index)
 
 
 def _pool(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
