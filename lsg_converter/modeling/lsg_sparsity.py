@@ -158,7 +158,13 @@ def _take(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, index: tor
 
 def _pool(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The sums over runs of tokens, weighted by `weight`, of shape (batch, 1 or heads, t / f, f)."""
-    return (tokens.unflatten(2, weight.shape[-2:]) * weight[..., None]).sum(dim=-2)
+    # Token by token of the runs: a sum over a dimension of few numbers is slow.
+    weighted = zip(tokens.unflatten(2, weight.shape[-2:]).unbind(3), weight[..., None].unbind(3), strict=True)
+    first, *others = weighted
+    total = first[0] * first[1]
+    for token, share in others:
+        total = torch.addcmul(total, token, share)
+    return total
 
 
 def _random_normal(shape: tuple[int, ...], seed: int, device: torch.device) -> torch.Tensor:
