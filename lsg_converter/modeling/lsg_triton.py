@@ -1,0 +1,910 @@
+"""LSG attention on a GPU as fused Triton kernels: forward, backward, attention dropout, and packed rows.
+
+No scores and no gathered windows are ever stored. What queries see is at most four ranges of keys: the globals, the
+local blocks, and the sparse keys on the left and on the right; a kernel walks through them in one loop, tile by tile.
+Gradients of queries are gathered by tiles of queries, those of keys by tiles of keys: every number is written once, so
+that the result is the same bit by bit from run to run. Where few rows face all tokens (global queries, and the
+gradients of global keys), programs share the tokens in chunks, and `_combine` merges their parts.
+
+Softmax is computed with powers of two. A query's normalizer is the logarithm, to base two, of the sum of its
+exponentials; it is infinite where a query has no key, which gives it probabilities of zero.
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+
+
+class _Absent:
+    """Stands in for Triton where it is not installed, so that the kernels below can be defined."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, function: Any) -> Any:
+        return function
+
+
+try:
+    import triton  # type: ignore
+    import triton.language as tl  # type: ignore
+except ImportError:
+    triton = tl = _Absent()
+
+
+GLOBAL_CHUNK = 512  # tokens per program where global rows face all tokens; fixed, so that results are too
+SPARSE_IDENTITY = 2**30  # added to the places of sparse keys, to tell them from tokens in the dropout's hash
+
+
+class Strided(NamedTuple):
+    """A tensor of shape (batch, heads, tokens[, head_dim]) as kernels take it: with its strides."""
+
+    data: torch.Tensor
+    batch: int
+    head: int
+    token: int
+
+
+class Keys(NamedTuple):
+    """Keys, values and their mask, which is not read where there is none."""
+
+    key: Strided
+    value: Strided
+    keep: Strided
+
+
+class Rows(NamedTuple):
+    """Where rows lie: by their number, or, where they are packed, by the running sums of their lengths."""
+
+    tokens: int
+    sparse_tokens: int
+    cu_seqlens: torch.Tensor
+    cu_sparse: torch.Tensor
+
+
+class Dropout(NamedTuple):
+    """What decides over a probability: it survives where its 31 random bits reach `threshold`."""
+
+    seed: torch.Tensor
+    threshold: int
+    scale: float
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for."""
+
+    head_dim: int
+    padded_head_dim: int
+    heads: int = 0
+    num_global_tokens: int = 0
+    block_size: int = 0
+    sparse_block_size: int = 0
+    sparsity_factor: int = 1
+    scale: float = 1.0
+    masked: bool = False
+    sparse: bool = False
+    dropout: bool = False
+    packed: bool = False
+    precision: str = "ieee"
+    chunk: int = GLOBAL_CHUNK
+    query_tile: int = 0
+    key_tile: int = 0
+
+
+@triton.jit
+def _span(cumulative: tl.tensor, row: tl.tensor, length: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
+    """The first token of a row and its number of tokens."""
+    if PACKED:
+        first = tl.load(cumulative + row).to(tl.int64)
+        return first, (tl.load(cumulative + row + 1) - first).to(tl.int32)
+    else:
+        return row * 0, length
+
+
+@triton.jit
+def _base(tensor: Strided, row: tl.tensor, head: tl.tensor, first: tl.tensor) -> tl.tensor:
+    return tensor.data + row * tensor.batch + head * tensor.head + first * tensor.token
+
+
+@triton.jit
+def _load_tile(
+    base: tl.tensor, stride: tl.tensor, start: tl.tensor, end: tl.tensor, SIZE: tl.constexpr, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Tokens `[start, start + SIZE)`, of shape (SIZE, padded_head_dim); zero from `end` on."""
+    rows, columns = tl.arange(0, SIZE), tl.arange(0, PLAN.padded_head_dim)
+    mask = (rows < end - start)[:, None]
+    if PLAN.head_dim < PLAN.padded_head_dim:
+        mask = mask & (columns < PLAN.head_dim)[None, :]
+    pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    tile: tl.tensor, target: Strided, base: tl.tensor, start: tl.tensor, end: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    rows, columns = tl.arange(0, tile.shape[0]), tl.arange(0, PLAN.padded_head_dim)
+    mask = (rows < end - start)[:, None] & (columns < PLAN.head_dim)[None, :]
+    pointers = base + start.to(tl.int64) * target.token + rows[:, None] * target.token + columns[None, :]
+    tl.store(pointers, tile.to(target.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _count(ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """How many tiles of SIZE cover four ranges."""
+    a, a_end, b, b_end, c, c_end, d, d_end = ranges
+    return tl.cdiv(a_end - a, SIZE) + tl.cdiv(b_end - b, SIZE) + tl.cdiv(c_end - c, SIZE) + tl.cdiv(d_end - d, SIZE)
+
+
+@triton.jit
+def _tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """Where a tile of four ranges begins, where its range ends, and the number of the range."""
+    a, a_end, b, b_end, c, c_end, d, d_end = ranges
+    in_b = number - tl.cdiv(a_end - a, SIZE)
+    in_c = in_b - tl.cdiv(b_end - b, SIZE)
+    in_d = in_c - tl.cdiv(c_end - c, SIZE)
+    start = tl.where(in_b < 0, a + number * SIZE, b + in_b * SIZE)
+    start = tl.where(in_c < 0, start, c + in_c * SIZE)
+    start = tl.where(in_d < 0, start, d + in_d * SIZE)
+    end = tl.where(in_c < 0, tl.where(in_b < 0, a_end, b_end), tl.where(in_d < 0, c_end, d_end))
+    return start, end, (in_b >= 0).to(tl.int32) + (in_c >= 0).to(tl.int32) + (in_d >= 0).to(tl.int32)
+
+
+@triton.jit
+def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
+    """The chunk of this program, where its queries begin and end, and the ranges of keys that they see.
+
+    This is the one place that says what a query sees; a causal form would cut its ranges here, and in `_key_tile` the
+    scores of a query's own block. `_backward_keys` states the same from the side of the keys.
+    """
+    G: tl.constexpr = PLAN.num_global_tokens
+    zero = length * 0
+    if GLOBAL:
+        tiles: tl.constexpr = (G + PLAN.query_tile - 1) // PLAN.query_tile
+        chunk = tl.program_id(0) // tiles
+        start = (tl.program_id(0) % tiles) * PLAN.query_tile
+        low = tl.minimum(chunk * PLAN.chunk, length)
+        high = tl.minimum(low + PLAN.chunk, length)
+        return chunk, start, zero + G, (low, high, zero, zero, zero, zero, zero, zero)
+    else:
+        start = tl.program_id(0) * PLAN.query_tile
+        block = start // PLAN.block_size
+        low = G + tl.maximum(block - 1, 0) * PLAN.block_size
+        high = tl.minimum(G + (block + 2) * PLAN.block_size, length)
+        step: tl.constexpr = PLAN.block_size // PLAN.sparsity_factor
+        S: tl.constexpr = PLAN.sparse_block_size
+        if PLAN.sparse:
+            left_end = tl.minimum(tl.maximum(block - 1, 0) * step, sparse_length)
+            left = tl.maximum(left_end - S, 0)
+            right = tl.minimum((block + 2) * step, sparse_length)
+            right_end = tl.minimum((block + 2) * step + S, sparse_length)
+        else:
+            left, left_end, right, right_end = zero, zero, zero, zero
+        return zero, G + start, length, (zero, zero + G, low, high, left, left_end, right, right_end)
+
+
+@triton.jit
+def _key_tile(
+    start: tl.tensor,
+    end: tl.tensor,
+    of_sparse: tl.tensor,
+    tokens: Keys,
+    sparse: Keys,
+    row: tl.tensor,
+    head: tl.tensor,
+    first: tl.tensor,
+    sparse_first: tl.tensor,
+    PLAN: tl.constexpr,
+) -> tl.tensor:
+    """Keys and values of a tile, what is added to their scores, and their identities for the dropout."""
+    SIZE: tl.constexpr = PLAN.key_tile
+    places = start + tl.arange(0, SIZE)
+    kept = places < end
+    key, value = _base(tokens.key, row, head, first), _base(tokens.value, row, head, first)
+    keep = _base(tokens.keep, row, head, first)
+    key_stride, value_stride = tokens.key.token, tokens.value.token
+    identities = places
+    read = kept
+    if PLAN.sparse:
+        key = tl.where(of_sparse, _base(sparse.key, row, head, sparse_first), key)
+        value = tl.where(of_sparse, _base(sparse.value, row, head, sparse_first), value)
+        keep = tl.where(of_sparse, _base(sparse.keep, row, head, sparse_first), keep)
+        key_stride = tl.where(of_sparse, sparse.key.token, key_stride)
+        value_stride = tl.where(of_sparse, sparse.value.token, value_stride)
+        identities = places + tl.where(of_sparse, 1 << 30, 0)
+        if not PLAN.masked:
+            read = kept & of_sparse
+    if PLAN.masked or PLAN.sparse:
+        # Asked for before the products, which then hide how long it takes.
+        kept = kept & (tl.load(keep + places, mask=read, other=1) != 0)
+    key_tile = _load_tile(key, key_stride, start, end, SIZE, PLAN)
+    value_tile = _load_tile(value, value_stride, start, end, SIZE, PLAN)
+    return key_tile, value_tile, tl.where(kept, 0.0, float("-inf")), identities
+
+
+@triton.jit
+def _mix(state: tl.tensor, value: tl.tensor) -> tl.tensor:
+    """Hash `value` into `state`, 32 bits each."""
+    bits = (state ^ value) + 0x9E3779B9
+    bits = (bits ^ (bits >> 16)) * 0x45D9F3B
+    bits = (bits ^ (bits >> 16)) * 0x45D9F3B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _query_bits(seed: tl.tensor, row: tl.tensor, head: tl.tensor, queries: tl.tensor, HEADS: tl.constexpr) -> tl.tensor:
+    seed = tl.load(seed)
+    state = _mix(_mix(seed.to(tl.uint32), (seed >> 32).to(tl.uint32)), (row * HEADS + head).to(tl.uint32))
+    return _mix(state, queries.to(tl.uint32))
+
+
+@triton.jit
+def _survives(query_bits: tl.tensor, identities: tl.tensor, threshold: tl.tensor) -> tl.tensor:
+    """Which probabilities the dropout leaves; the shapes of queries and of keys are broadcast."""
+    return (_mix(query_bits, identities.to(tl.uint32) * 0x9E3779B1) >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _forward(
+    query: Strided,
+    tokens: Keys,
+    sparse: Keys,
+    output: Strided,
+    normalizer: Strided,
+    rows: Rows,
+    dropout: Dropout,
+    GLOBAL: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The output of a tile of queries: of text, or, if GLOBAL, of globals over one chunk of the tokens."""
+    SIZE: tl.constexpr = PLAN.query_tile
+    LOG2E: tl.constexpr = 1.4426950408889634
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
+    sparse_first, sparse_length = _span(rows.cu_sparse, row, rows.sparse_tokens, PLAN.packed)
+    chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
+    if (start >= end) | (chunk * PLAN.chunk >= length):
+        return
+
+    q = _load_tile(_base(query, row, head, first), query.token, start, end, SIZE, PLAN)
+    places = start + tl.arange(0, SIZE)
+    if PLAN.dropout:
+        query_bits = _query_bits(dropout.seed, row, head, places, PLAN.heads)
+    accumulated = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    largest = tl.full((SIZE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIZE,), tl.float32)
+    for number in range(_count(ranges, PLAN.key_tile)):
+        key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
+        k, v, bias, identities = _key_tile(
+            key_start, key_end, part >= 2, tokens, sparse, row, head, first, sparse_first, PLAN
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * (PLAN.scale * LOG2E) + bias[None, :]
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        # Without a key so far all is -inf, of which no difference may be taken.
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        probabilities = tl.exp2(scores - reference[:, None])
+        correction = tl.exp2(largest - reference)
+        total = total * correction + tl.sum(probabilities, 1)
+        if PLAN.dropout:
+            survive = _survives(query_bits[:, None], identities[None, :], dropout.threshold)
+            probabilities = tl.where(survive, probabilities, 0.0)
+        accumulated = accumulated * correction[:, None]
+        accumulated = tl.dot(probabilities.to(v.dtype), v, accumulated, input_precision=PLAN.precision)
+        largest = new_largest
+
+    empty = total == 0.0
+    accumulated = accumulated / tl.where(empty, 1.0, total)[:, None]
+    if PLAN.dropout:
+        accumulated = accumulated * dropout.scale
+    if GLOBAL:
+        # Parts weigh by their normalizers when they are combined: one without a key must weigh nothing.
+        first = chunk.to(tl.int64) * PLAN.num_global_tokens
+        normalizers = tl.where(empty, float("-inf"), largest + tl.log2(total))
+    else:
+        normalizers = tl.where(empty, float("inf"), largest + tl.log2(total))
+    _store_tile(accumulated, output, _base(output, row, head, first), start, end, PLAN)
+    tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
+
+
+@triton.jit
+def _combine(
+    part: Strided,
+    part_normalizer: Strided,
+    output: Strided,
+    normalizer: Strided,
+    rows: Rows,
+    WEIGHTED: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """Merge what the chunks gave for global tokens: the sum, or, if WEIGHTED, the mean by their normalizers."""
+    SIZE: tl.constexpr = PLAN.query_tile
+    G: tl.constexpr = PLAN.num_global_tokens
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
+    start = tl.program_id(0) * SIZE
+    end = start * 0 + G
+    places = start + tl.arange(0, SIZE)
+    accumulated = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    largest = tl.full((SIZE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIZE,), tl.float32)
+    for chunk in range(tl.cdiv(length, PLAN.chunk)):
+        offset = row * 0 + chunk * G
+        tile = _load_tile(_base(part, row, head, offset), part.token, start, end, SIZE, PLAN)
+        if WEIGHTED:
+            pointers = _base(part_normalizer, row, head, offset) + places
+            normalizers = tl.load(pointers, mask=places < end, other=float("-inf"))
+            new_largest = tl.maximum(largest, normalizers)
+            reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+            weight, correction = tl.exp2(normalizers - reference), tl.exp2(largest - reference)
+            accumulated = accumulated * correction[:, None] + tile * weight[:, None]
+            total = total * correction + weight
+            largest = new_largest
+        else:
+            accumulated += tile
+    if WEIGHTED:
+        empty = total == 0.0
+        accumulated = accumulated / tl.where(empty, 1.0, total)[:, None]
+        normalizers = tl.where(empty, float("inf"), largest + tl.log2(total))
+        tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
+    _store_tile(accumulated, output, _base(output, row, head, first), start, end, PLAN)
+
+
+@triton.jit
+def _backward_queries(
+    query: Strided,
+    tokens: Keys,
+    sparse: Keys,
+    output: Strided,
+    grad_output: Strided,
+    normalizer: Strided,
+    delta: Strided,
+    grad_query: Strided,
+    rows: Rows,
+    dropout: Dropout,
+    GLOBAL: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The gradient of a tile of queries, as `_forward` cuts them; and delta, by which `_backward_keys` goes on."""
+    SIZE: tl.constexpr = PLAN.query_tile
+    LOG2E: tl.constexpr = 1.4426950408889634
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
+    sparse_first, sparse_length = _span(rows.cu_sparse, row, rows.sparse_tokens, PLAN.packed)
+    chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
+    if (start >= end) | (chunk * PLAN.chunk >= length):
+        return
+
+    q = _load_tile(_base(query, row, head, first), query.token, start, end, SIZE, PLAN)
+    o = _load_tile(_base(output, row, head, first), output.token, start, end, SIZE, PLAN)
+    do = _load_tile(_base(grad_output, row, head, first), grad_output.token, start, end, SIZE, PLAN)
+    places = start + tl.arange(0, SIZE)
+    inside = places < end
+    normalizers = tl.load(_base(normalizer, row, head, first) + places, mask=inside, other=float("inf"))
+    deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(_base(delta, row, head, first) + places, deltas, mask=inside & (chunk == 0))
+    if PLAN.dropout:
+        query_bits = _query_bits(dropout.seed, row, head, places, PLAN.heads)
+    accumulated = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    for number in range(_count(ranges, PLAN.key_tile)):
+        key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
+        k, v, bias, identities = _key_tile(
+            key_start, key_end, part >= 2, tokens, sparse, row, head, first, sparse_first, PLAN
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * (PLAN.scale * LOG2E) + bias[None, :]
+        probabilities = tl.exp2(scores - normalizers[:, None])
+        grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
+        if PLAN.dropout:
+            survive = _survives(query_bits[:, None], identities[None, :], dropout.threshold)
+            grads = tl.where(survive, grads * dropout.scale, 0.0)
+        grads = probabilities * (grads - deltas[:, None])
+        accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
+    if GLOBAL:
+        first = chunk.to(tl.int64) * PLAN.num_global_tokens
+    _store_tile(accumulated * PLAN.scale, grad_query, _base(grad_query, row, head, first), start, end, PLAN)
+
+
+@triton.jit
+def _backward_keys(
+    query: Strided,
+    tokens: Keys,
+    sparse: Keys,
+    grad_output: Strided,
+    normalizer: Strided,
+    delta: Strided,
+    grad_key: Strided,
+    grad_value: Strided,
+    rows: Rows,
+    dropout: Dropout,
+    KIND: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The gradients of a tile of keys and values: "text", "sparse", or "global" over one chunk of the queries."""
+    SIZE: tl.constexpr = PLAN.key_tile
+    G: tl.constexpr = PLAN.num_global_tokens
+    B: tl.constexpr = PLAN.block_size
+    S: tl.constexpr = PLAN.sparse_block_size
+    step: tl.constexpr = B // max(PLAN.sparsity_factor, 1)
+    LOG2E: tl.constexpr = 1.4426950408889634
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
+    sparse_first, sparse_length = _span(rows.cu_sparse, row, rows.sparse_tokens, PLAN.packed)
+    zero = length * 0
+    chunk = zero
+    start = tl.program_id(0) * SIZE
+    end = length
+    out_first = first
+    if KIND == "text":
+        block = start // B
+        start += G
+        low = G + tl.maximum(block - 1, 0) * B
+        high = tl.minimum(G + (block + 2) * B, length)
+        ranges = (zero, zero + G, low, high, zero, zero, zero, zero)
+    elif KIND == "sparse":
+        end = sparse_length
+        out_first = sparse_first
+        last = tl.minimum(start + SIZE, end) - 1
+        # Sparse key s is on the left of the blocks [s // step + 2, (s + S) // step + 2), and on the right of the
+        # blocks [(s - S) // step - 1, s // step - 1).
+        left_high = tl.minimum(G + ((last + S) // step + 2) * B, length)
+        left_low = tl.minimum(G + (start // step + 2) * B, left_high)
+        right_high = tl.minimum(G + tl.maximum(last // step - 1, 0) * B, length)
+        right_low = tl.minimum(G + tl.maximum(tl.maximum(start - S, 0) // step - 1, 0) * B, right_high)
+        ranges = (zero, zero, left_low, left_high, right_low, right_high, zero, zero)
+    else:
+        tiles: tl.constexpr = (G + SIZE - 1) // SIZE
+        chunk = tl.program_id(0) // tiles
+        start = (tl.program_id(0) % tiles) * SIZE
+        end = zero + G
+        out_first = row * 0 + chunk * G
+        low = tl.minimum(chunk * PLAN.chunk, length)
+        ranges = (low, tl.minimum(low + PLAN.chunk, length), zero, zero, zero, zero, zero, zero)
+    if (start >= end) | (chunk * PLAN.chunk >= length):
+        return
+
+    k, v, bias, identities = _key_tile(
+        start, end, zero + (1 if KIND == "sparse" else 0) > 0, tokens, sparse, row, head, first, sparse_first, PLAN
+    )
+    places = start + tl.arange(0, SIZE)
+    key_sum = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    value_sum = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    for number in range(_count(ranges, PLAN.query_tile)):
+        query_start, query_end, part = _tile(number, ranges, PLAN.query_tile)
+        q = _load_tile(_base(query, row, head, first), query.token, query_start, query_end, PLAN.query_tile, PLAN)
+        do = _load_tile(
+            _base(grad_output, row, head, first), grad_output.token, query_start, query_end, PLAN.query_tile, PLAN
+        )
+        queries = query_start + tl.arange(0, PLAN.query_tile)
+        inside = queries < query_end
+        normalizers = tl.load(_base(normalizer, row, head, first) + queries, mask=inside, other=float("inf"))
+        deltas = tl.load(_base(delta, row, head, first) + queries, mask=inside, other=0.0)
+        seen = bias
+        if KIND == "sparse":
+            # A tile of sparse keys may be of several blocks, each of which other queries see.
+            query_block = (query_start - G) // B
+            window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
+            seen = tl.where((places < window_end) & (places >= window_end - S), bias, float("-inf"))
+        scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision) * (PLAN.scale * LOG2E) + seen[:, None]
+        probabilities = tl.exp2(scores - normalizers[None, :])
+        grads = tl.dot(v, tl.trans(do), input_precision=PLAN.precision)
+        survivors = probabilities
+        if PLAN.dropout:
+            query_bits = _query_bits(dropout.seed, row, head, queries, PLAN.heads)
+            survive = _survives(query_bits[None, :], identities[:, None], dropout.threshold)
+            survivors = tl.where(survive, probabilities * dropout.scale, 0.0)
+            grads = tl.where(survive, grads * dropout.scale, 0.0)
+        value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
+        grads = probabilities * (grads - deltas[None, :])
+        key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
+    _store_tile(key_sum * PLAN.scale, grad_key, _base(grad_key, row, head, out_first), start, end, PLAN)
+    _store_tile(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, PLAN)
+
+
+@triton.jit
+def _choose(
+    key: Strided,
+    keep: Strided,
+    index: tl.tensor,
+    kept: tl.tensor,
+    length: tl.tensor,
+    per_head: tl.tensor,
+    CHUNK: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The places of the largest norms of one chunk, in ascending order."""
+    chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    within = tl.arange(0, PADDED)
+    places = chunk * CHUNK + within
+    end = tl.minimum(chunk * CHUNK + CHUNK, length)
+    tile = _load_tile(_base(key, row, head, row * 0), key.token, chunk * CHUNK, end, PADDED, PLAN).to(tl.float32)
+    real = tl.load(_base(keep, row, head, row * 0) + places, mask=places < end, other=0) != 0
+    norm = tl.where(real, tl.sum(tile * tile, 1), tl.where(within < CHUNK, -1.0, -2.0))
+    larger = (norm[None, :] > norm[:, None]) | ((norm[None, :] == norm[:, None]) & (within[None, :] < within[:, None]))
+    chosen = tl.sum(larger.to(tl.int32), 1) < CHOSEN
+    target = (row * tl.num_programs(1) + head) * per_head + chunk * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(index + target, tl.minimum(places, length - 1).to(tl.int64), mask=chosen)
+    tl.store(kept + target, real.to(tl.int8), mask=chosen)
+
+
+def choose_largest_norm(
+    key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int, padded_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `1 / factor` of the keys of each chunk with the largest norm; of equal ones the first, masked ones last.
+
+    Args:
+        key: shape (batch, heads, t, head_dim).
+        keep: boolean, shape (batch, 1, t).
+        chunk_size: at most `LARGEST_CHUNK`, above which this form no longer pays.
+        padded_length: to which multiple of `chunk_size` the text is thought to be padded; by default the next one.
+
+    Returns:
+        Places in the text, ascending in each chunk, and whether they are kept: (batch, heads, padded_length / factor),
+        int64 and boolean. What is chosen of the padding is not kept, and has the place of the last token.
+    """
+    batch, heads, length, head_dim = key.shape
+    chunks = -(-(padded_length or length) // chunk_size)
+    per_head = chunks * (chunk_size // factor)
+    index = torch.empty(batch, heads, per_head, dtype=torch.int64, device=key.device)
+    kept = torch.empty(batch, heads, per_head, dtype=torch.bool, device=key.device)
+    plan = Plan(head_dim, triton.next_power_of_2(head_dim))
+    with torch.cuda.device_of(key):
+        _choose[(chunks, heads, batch)](
+            _strided(key),
+            _strided_mask(keep),
+            index,
+            kept.view(torch.uint8),
+            length,
+            per_head,
+            chunk_size,
+            triton.next_power_of_2(chunk_size),
+            chunk_size // factor,
+            plan,
+            num_warps=4 if chunk_size <= 128 else 8,
+        )
+    return index, kept
+
+
+LARGEST_CHUNK = 256
+
+
+def triton_serves(
+    query: torch.Tensor, *, num_global_tokens: int, block_size: int, sparse_block_size: int, sparsity_factor: int
+) -> str | None:
+    """Why `fused_attention` cannot do what is asked, or None where it can."""
+    if isinstance(triton, _Absent):
+        return "Triton is not installed"
+    if query.device.type != "cuda" and not _interpreted():
+        return f"it runs on CUDA devices; got {query.device.type}"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or above"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16; got {query.dtype}"
+    if query.shape[-1] not in (16, 32, 64, 80, 96, 128):
+        return f"it takes a head_dim of 16, 32, 64, 80, 96 or 128; got {query.shape[-1]}"
+    if block_size % 32:
+        return f"it takes a block_size that is a multiple of 32; got {block_size}"
+    if not 0 <= num_global_tokens <= 512:
+        return f"it takes 0 to 512 global tokens; got {num_global_tokens}"
+    if sparse_block_size and sparsity_factor and block_size % sparsity_factor:
+        return f"block_size must be a multiple of sparsity_factor; got {block_size} and {sparsity_factor}"
+    return None
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    *,
+    num_global_tokens: int,
+    block_size: int,
+    sparse_block_size: int,
+    sparsity_factor: int,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    cu_sparse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LSG attention with scores scaled by `1 / sqrt(head_dim)`, differentiable in queries, keys, values and sparse ones.
+
+    Args:
+        query, key, value: shape (batch, heads, g + t, head_dim), of any strides: `g = num_global_tokens` globals, then
+            `t` text tokens, any number of them. A text of at most two blocks gets ordinary full attention.
+        keep: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
+        sparse: the sparse keys, values and their mask, which is boolean, of shapes (batch, heads, s, head_dim) and
+            (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None.
+        dropout: the probability with which a probability is dropped.
+        seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
+        cu_seqlens: int32, shape (rows + 1,), on the device, for packed rows: `batch` is 1, and row `r`, its globals
+            followed by its text, is the tokens `[cu_seqlens[r], cu_seqlens[r + 1])`.
+        max_seqlen: for packed rows, a bound of `g + t` over them.
+        cu_sparse: int32, shape (rows + 1,): the sparse tokens `[cu_sparse[r], cu_sparse[r + 1])` are those of the
+            packed row `r`. By default rows have as many as `s` above, one row's after the other's.
+
+    Returns:
+        The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key.
+    """
+    if dropout > 0.0 and seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    if not (sparse_block_size and sparsity_factor):
+        sparse = None
+    if cu_seqlens is not None and max_seqlen is None:
+        raise ValueError("cu_seqlens needs max_seqlen, a bound of the lengths of its rows")
+    if cu_seqlens is not None and sparse is not None and cu_sparse is None:
+        blocks = (cu_seqlens.diff() - num_global_tokens + block_size - 1) // block_size
+        cu_sparse = torch.zeros_like(cu_seqlens)
+        cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
+    sparse_key, sparse_value, sparse_keep = sparse if sparse is not None else (None, None, None)
+    states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
+    sizes = [max_seqlen or query.shape[2], num_global_tokens, block_size, sparse_block_size, sparsity_factor]
+    return _attention(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, sizes, dropout)[0]
+
+
+def dropout_keep_mask(
+    seed: torch.Tensor, batch_heads: int, queries: torch.Tensor, keys: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """Which probabilities `fused_attention` keeps: boolean, shape (batch_heads, queries, keys).
+
+    Args:
+        seed: int64, shape (1,).
+        queries: the places of queries among the `g + t` tokens of their row.
+        keys: those of keys; sparse key `s` has the place `SPARSE_IDENTITY + s`.
+    """
+
+    def mix(state: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        bits = ((state ^ value) + 0x9E3779B9) & 0xFFFFFFFF
+        for _ in range(2):
+            bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        return bits ^ (bits >> 16)
+
+    state = mix(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    state = mix(state, torch.arange(batch_heads, device=seed.device))[:, None, None]
+    state = mix(state, queries[:, None])
+    return mix(state, (keys * 0x9E3779B1) & 0xFFFFFFFF) >> 1 >= _threshold(dropout)
+
+
+def _threshold(dropout: float) -> int:
+    return min(round(dropout * 2**31), 2**31 - 1)
+
+
+def _interpreted() -> bool:
+    return not isinstance(_forward, triton.runtime.JITFunction)
+
+
+def _strided(tensor: torch.Tensor, packed: bool = False) -> Strided:
+    """`tensor` of shape (batch, heads, tokens[, head_dim]); the rows of packed tensors are told by their tokens."""
+    return Strided(tensor, 0 if packed else tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def _strided_mask(keep: torch.Tensor, packed: bool = False) -> Strided:
+    """A mask of shape (batch, 1 or heads, tokens)."""
+    keep = (keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8)
+    return Strided(keep, 0 if packed else keep.stride(0), keep.stride(1) if keep.shape[1] > 1 else 0, 1)
+
+
+def _token_major(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` where it lies, if the numbers of a head are next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _precision() -> str:
+    """How products of float32 are taken: exactly, unless torch's own may use TensorFloat-32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+class _Call:
+    """What the kernels of one call share; the arguments are those of `_attention`."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keep: torch.Tensor | None,
+        sparse_key: torch.Tensor | None,
+        sparse_value: torch.Tensor | None,
+        sparse_keep: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        cu_sparse: torch.Tensor | None,
+        sizes: list[int],
+        dropout: float,
+    ) -> None:
+        self.max_seqlen, self.g, block_size, sparse_block_size, factor = sizes
+        self.packed = packed = cu_seqlens is not None
+        self.heads, head_dim = query.shape[1], query.shape[3]
+        self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        self.query = _strided(_token_major(query), packed)
+        # What there is none of is not read, but kernels want an address: that of something else.
+        self.sparse = Keys(self.query, self.query, self.query)
+        sparse_length = 0
+        if sparse_key is not None and sparse_value is not None and sparse_keep is not None:
+            self.sparse = Keys(
+                _strided(_token_major(sparse_key), packed),
+                _strided(_token_major(sparse_value), packed),
+                _strided_mask(sparse_keep, packed),
+            )
+            sparse_length = sparse_key.shape[2]
+        self.tokens = Keys(
+            _strided(_token_major(key), packed),
+            _strided(_token_major(value), packed),
+            self.sparse.keep if keep is None else _strided_mask(keep[:, None], packed),
+        )
+        self.rows = Rows(
+            query.shape[2],
+            sparse_length,
+            query if cu_seqlens is None else cu_seqlens,
+            query if cu_sparse is None else cu_sparse,
+        )
+        scale = 1 / (1 - dropout) if dropout < 1.0 else 0.0
+        self.dropout = Dropout(query if seed is None else seed, _threshold(dropout), scale)
+        self.plan = Plan(
+            head_dim,
+            triton.next_power_of_2(head_dim),
+            heads=self.heads,
+            num_global_tokens=self.g,
+            block_size=block_size,
+            sparse_block_size=sparse_block_size if sparse_length else 0,
+            sparsity_factor=factor if sparse_length else 1,
+            scale=head_dim**-0.5,
+            masked=keep is not None,
+            sparse=sparse_length > 0,
+            dropout=dropout > 0.0,
+            packed=packed,
+            precision=_precision(),
+        )
+        text = -(-max(self.max_seqlen - self.g, 0) // block_size) * block_size
+        self.text, self.sparse_text = text, text // self.plan.sparsity_factor
+        self.tile = min(block_size & -block_size, 64)  # tiles of text lie in one block
+        self.forward_tiles = (self.tile, self.tile)
+        self.global_tile = 16 if self.g <= 16 else 32
+        self.chunks = -(-self.max_seqlen // GLOBAL_CHUNK)
+
+    def launch(
+        self,
+        kernel: Any,
+        tokens: int,
+        arguments: tuple[Any, ...],
+        tiles: tuple[int, int],
+        chunks: int = 1,
+        **options: Any,
+    ) -> None:
+        """Launch for `tokens` of each head and row; `tiles` are those of queries and of keys."""
+        plan = self.plan._replace(query_tile=tiles[0], key_tile=tiles[1])
+        own = tiles[1] if kernel is _backward_keys else tiles[0]
+        grid = (-(-tokens // own) * chunks, self.heads, self.num_rows)
+        if grid[0] and self.num_rows:
+            kernel[grid](*arguments, PLAN=plan, **options)
+
+    def part(self, head_dim: int) -> torch.Tensor:
+        """Room for what each chunk gives for the global tokens, of shape (rows, heads, chunks * g, head_dim)."""
+        shape = (self.num_rows, self.heads, self.chunks * self.g, head_dim)
+        return torch.empty(shape, dtype=torch.float32, device=self.query.data.device)
+
+    def combine(self, part: torch.Tensor, weights: torch.Tensor | None, output: Strided, normalizer: Strided) -> None:
+        weighted = weights is not None
+        arguments = (_strided(part), _strided(part if weights is None else weights), output, normalizer, self.rows)
+        self.launch(_combine, self.g, arguments, (self.global_tile, 0), WEIGHTED=weighted, num_warps=4)
+
+
+# Several copies of this file may be loaded in one process, from checkpoints: each has operators of its own.
+_NAMESPACE = "lsg_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    sparse_key: torch.Tensor | None,
+    sparse_value: torch.Tensor | None,
+    sparse_keep: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_sparse: torch.Tensor | None,
+    sizes: list[int],
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the normalizers; `sizes` are max_seqlen, g, block_size, sparse_block_size and sparsity_factor."""
+    call = _Call(
+        query, key, value, keep, sparse_key, sparse_value, sparse_keep, seed, cu_seqlens, cu_sparse, sizes, dropout
+    )
+    output, normalizer = _new_outputs(query, call.packed)
+    targets = _strided(output, call.packed), _strided(normalizer, call.packed)
+    inputs, more = (call.query, call.tokens, call.sparse), (call.rows, call.dropout)
+    with torch.cuda.device_of(query):
+        call.launch(_forward, call.text, (*inputs, *targets, *more), call.forward_tiles, GLOBAL=False)
+        if call.g:
+            part, weights = call.part(query.shape[3]), call.part(1).squeeze(-1)
+            arguments = (*inputs, _strided(part), _strided(weights), *more)
+            call.launch(_forward, call.g, arguments, (call.global_tile, call.tile), call.chunks, GLOBAL=True)
+            call.combine(part, weights, *targets)
+    return output, normalizer
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    normalizer: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    sparse_key: torch.Tensor | None,
+    sparse_value: torch.Tensor | None,
+    sparse_keep: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    cu_sparse: torch.Tensor | None,
+    sizes: list[int],
+    dropout: float,
+) -> list[torch.Tensor]:
+    """The gradients of queries, keys and values, and of the sparse keys and values where there are any."""
+    call = _Call(
+        query, key, value, keep, sparse_key, sparse_value, sparse_keep, seed, cu_seqlens, cu_sparse, sizes, dropout
+    )
+    grads = _new_grads(query, sparse_key, call.packed)
+    grad_query, *grad_keys = (_strided(grad, call.packed) for grad in grads)
+    delta = _strided(torch.empty_like(normalizer), call.packed)
+    grad, out = _strided(_token_major(grad_output), call.packed), _strided(output, call.packed)
+    inputs, more = (call.query, call.tokens, call.sparse), (call.rows, call.dropout)
+    normalizers = _strided(normalizer, call.packed)
+    of_queries, of_keys = (*inputs, out, grad, normalizers, delta), (*inputs, grad, normalizers, delta)
+    tiles = (call.tile, call.tile)
+    with torch.cuda.device_of(query):
+        # Queries first: they leave the deltas for keys.
+        call.launch(_backward_queries, call.text, (*of_queries, grad_query, *more), tiles, GLOBAL=False)
+        if call.g:
+            part = call.part(query.shape[3])
+            arguments = (*of_queries, _strided(part), *more)
+            call.launch(_backward_queries, call.g, arguments, (call.global_tile, call.tile), call.chunks, GLOBAL=True)
+            call.combine(part, None, grad_query, normalizers)
+        call.launch(_backward_keys, call.text, (*of_keys, *grad_keys[:2], *more), tiles, KIND="text")
+        if call.g:
+            parts = call.part(query.shape[3]), call.part(query.shape[3])
+            arguments = (*of_keys, *(_strided(part) for part in parts), *more)
+            call.launch(_backward_keys, call.g, arguments, (call.tile, call.global_tile), call.chunks, KIND="global")
+            for part, target in zip(parts, grad_keys, strict=False):
+                call.combine(part, None, target, normalizers)
+        if sparse_key is not None:
+            call.launch(_backward_keys, call.sparse_text, (*of_keys, *grad_keys[2:], *more), tiles, KIND="sparse")
+    return grads
+
+
+def _new_token_major(like: torch.Tensor, packed: bool) -> torch.Tensor:
+    """Of the shape of `like`; zero where packed rows may leave gaps."""
+    batch, heads, tokens, head_dim = like.shape
+    return (like.new_zeros if packed else like.new_empty)((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def _new_outputs(query: torch.Tensor, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return _new_token_major(query, packed), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _new_grads(query: torch.Tensor, sparse_key: torch.Tensor | None, packed: bool) -> list[torch.Tensor]:
+    like = [query] * 3 + ([] if sparse_key is None else [sparse_key] * 2)
+    return [_new_token_major(tensor, packed) for tensor in like]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.sizes, ctx.dropout = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx: Any, grad_output: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grads = _attention_backward(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
+    sparse_grads = grads[3:] or [None, None]
+    return (*grads[:3], None, *sparse_grads, *[None] * 6)
+
+
+_attention.register_fake(lambda query, *others: _new_outputs(query, others[7] is not None))
+_attention_backward.register_fake(
+    lambda grad, output, normalizer, query, *others: _new_grads(query, others[3 - 1], others[7] is not None)
+)
+_attention.register_autograd(_differentiate, setup_context=_save)
