@@ -11,6 +11,7 @@ exponentials; it is infinite where a query has no key, which gives it probabilit
 """
 
 import hashlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -47,28 +48,30 @@ class Strided(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys, values and their mask, which is not read where there is none."""
+    """Keys, values and their mask."""
 
     key: Strided
     value: Strided
     keep: Strided
 
 
-class Rows(NamedTuple):
-    """Where rows lie: by their number, or, where they are packed, by the running sums of their lengths."""
+class Inputs(NamedTuple):
+    """What every kernel reads. What is not there is not read, but has an address: that of something else.
 
-    tokens: int
-    sparse_tokens: int
+    Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. A
+    probability survives the dropout where its 31 random bits reach `threshold`.
+    """
+
+    query: Strided
+    tokens: Keys
+    sparse: Keys
+    length: int
+    sparse_length: int
     cu_seqlens: torch.Tensor
     cu_sparse: torch.Tensor
-
-
-class Dropout(NamedTuple):
-    """What decides over a probability: it survives where its 31 random bits reach `threshold`."""
-
     seed: torch.Tensor
     threshold: int
-    scale: float
+    survivor_scale: float
 
 
 class Plan(NamedTuple):
@@ -82,6 +85,7 @@ class Plan(NamedTuple):
     sparse_block_size: int = 0
     sparsity_factor: int = 1
     scale: float = 1.0
+    scale_log2e: float = 1.0
     masked: bool = False
     sparse: bool = False
     dropout: bool = False
@@ -93,13 +97,18 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def _span(cumulative: tl.tensor, row: tl.tensor, length: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
-    """The first token of a row and its number of tokens."""
-    if PACKED:
-        first = tl.load(cumulative + row).to(tl.int64)
-        return first, (tl.load(cumulative + row + 1) - first).to(tl.int32)
-    else:
-        return row * 0, length
+def _place(inputs: Inputs, PLAN: tl.constexpr) -> tl.tensor:
+    """The row and the head of this program, its first token and first sparse token, and how many of both there are."""
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, length = row * 0, inputs.length
+    sparse_first, sparse_length = row * 0, inputs.sparse_length
+    if PLAN.packed:
+        first = tl.load(inputs.cu_seqlens + row).to(tl.int64)
+        length = (tl.load(inputs.cu_seqlens + row + 1) - first).to(tl.int32)
+        if PLAN.sparse:
+            sparse_first = tl.load(inputs.cu_sparse + row).to(tl.int64)
+            sparse_length = (tl.load(inputs.cu_sparse + row + 1) - sparse_first).to(tl.int32)
+    return row, head, first, sparse_first, length, sparse_length
 
 
 @triton.jit
@@ -155,11 +164,14 @@ def _tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor
 def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
     """The chunk of this program, where its queries begin and end, and the ranges of keys that they see.
 
-    This is the one place that says what a query sees; a causal form would cut its ranges here, and in `_key_tile` the
-    scores of a query's own block. `_backward_keys` states the same from the side of the keys.
+    This is where it is said what a query sees; `_backward_keys` says the same from the side of the keys. A causal form
+    would cut these ranges, and mask the scores of a block with itself.
     """
     G: tl.constexpr = PLAN.num_global_tokens
-    zero = length * 0
+    B: tl.constexpr = PLAN.block_size
+    S: tl.constexpr = PLAN.sparse_block_size
+    step: tl.constexpr = B // PLAN.sparsity_factor
+    zero = tl.program_id(0) * 0
     if GLOBAL:
         tiles: tl.constexpr = (G + PLAN.query_tile - 1) // PLAN.query_tile
         chunk = tl.program_id(0) // tiles
@@ -169,57 +181,46 @@ def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexp
         return chunk, start, zero + G, (low, high, zero, zero, zero, zero, zero, zero)
     else:
         start = tl.program_id(0) * PLAN.query_tile
-        block = start // PLAN.block_size
-        low = G + tl.maximum(block - 1, 0) * PLAN.block_size
-        high = tl.minimum(G + (block + 2) * PLAN.block_size, length)
-        step: tl.constexpr = PLAN.block_size // PLAN.sparsity_factor
-        S: tl.constexpr = PLAN.sparse_block_size
+        block = start // B
+        low = G + tl.maximum(block - 1, 0) * B
+        high = tl.minimum(G + (block + 2) * B, length)
+        left, left_end, right, right_end = zero, zero, zero, zero
         if PLAN.sparse:
             left_end = tl.minimum(tl.maximum(block - 1, 0) * step, sparse_length)
-            left = tl.maximum(left_end - S, 0)
+            left = tl.maximum((block - 1) * step - S, 0)
             right = tl.minimum((block + 2) * step, sparse_length)
             right_end = tl.minimum((block + 2) * step + S, sparse_length)
-        else:
-            left, left_end, right, right_end = zero, zero, zero, zero
         return zero, G + start, length, (zero, zero + G, low, high, left, left_end, right, right_end)
 
 
 @triton.jit
 def _key_tile(
-    start: tl.tensor,
-    end: tl.tensor,
-    of_sparse: tl.tensor,
-    tokens: Keys,
-    sparse: Keys,
-    row: tl.tensor,
-    head: tl.tensor,
-    first: tl.tensor,
-    sparse_first: tl.tensor,
-    PLAN: tl.constexpr,
+    start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
 ) -> tl.tensor:
     """Keys and values of a tile, what is added to their scores, and their identities for the dropout."""
-    SIZE: tl.constexpr = PLAN.key_tile
-    places = start + tl.arange(0, SIZE)
-    kept = places < end
-    key, value = _base(tokens.key, row, head, first), _base(tokens.value, row, head, first)
+    row, head, first, sparse_first = place
+    tokens, sparse = inputs.tokens, inputs.sparse
+    key, key_stride = _base(tokens.key, row, head, first), tokens.key.token
+    value, value_stride = _base(tokens.value, row, head, first), tokens.value.token
     keep = _base(tokens.keep, row, head, first)
-    key_stride, value_stride = tokens.key.token, tokens.value.token
-    identities = places
+    places = start + tl.arange(0, PLAN.key_tile)
+    kept = places < end
     read = kept
+    identities = places
     if PLAN.sparse:
+        # One loop over keys of both kinds, instead of one for each, keeps the loads ahead of the products throughout.
         key = tl.where(of_sparse, _base(sparse.key, row, head, sparse_first), key)
-        value = tl.where(of_sparse, _base(sparse.value, row, head, sparse_first), value)
-        keep = tl.where(of_sparse, _base(sparse.keep, row, head, sparse_first), keep)
         key_stride = tl.where(of_sparse, sparse.key.token, key_stride)
+        value = tl.where(of_sparse, _base(sparse.value, row, head, sparse_first), value)
         value_stride = tl.where(of_sparse, sparse.value.token, value_stride)
+        keep = tl.where(of_sparse, _base(sparse.keep, row, head, sparse_first), keep)
         identities = places + tl.where(of_sparse, 1 << 30, 0)
         if not PLAN.masked:
             read = kept & of_sparse
     if PLAN.masked or PLAN.sparse:
-        # Asked for before the products, which then hide how long it takes.
         kept = kept & (tl.load(keep + places, mask=read, other=1) != 0)
-    key_tile = _load_tile(key, key_stride, start, end, SIZE, PLAN)
-    value_tile = _load_tile(value, value_stride, start, end, SIZE, PLAN)
+    key_tile = _load_tile(key, key_stride, start, end, PLAN.key_tile, PLAN)
+    value_tile = _load_tile(value, value_stride, start, end, PLAN.key_tile, PLAN)
     return key_tile, value_tile, tl.where(kept, 0.0, float("-inf")), identities
 
 
@@ -246,40 +247,28 @@ def _survives(query_bits: tl.tensor, identities: tl.tensor, threshold: tl.tensor
 
 
 @triton.jit
-def _forward(
-    query: Strided,
-    tokens: Keys,
-    sparse: Keys,
-    output: Strided,
-    normalizer: Strided,
-    rows: Rows,
-    dropout: Dropout,
-    GLOBAL: tl.constexpr,
-    PLAN: tl.constexpr,
-) -> None:
+def _forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> None:
     """The output of a tile of queries: of text, or, if GLOBAL, of globals over one chunk of the tokens."""
     SIZE: tl.constexpr = PLAN.query_tile
-    LOG2E: tl.constexpr = 1.4426950408889634
-    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
-    sparse_first, sparse_length = _span(rows.cu_sparse, row, rows.sparse_tokens, PLAN.packed)
+    D: tl.constexpr = PLAN.padded_head_dim
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
     if (start >= end) | (chunk * PLAN.chunk >= length):
         return
 
-    q = _load_tile(_base(query, row, head, first), query.token, start, end, SIZE, PLAN)
+    q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
     places = start + tl.arange(0, SIZE)
     if PLAN.dropout:
-        query_bits = _query_bits(dropout.seed, row, head, places, PLAN.heads)
-    accumulated = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+        query_bits = _query_bits(inputs.seed, row, head, places, PLAN.heads)
+    accumulated = tl.zeros((SIZE, D), tl.float32)
     largest = tl.full((SIZE,), float("-inf"), tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
     for number in range(_count(ranges, PLAN.key_tile)):
         key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
         k, v, bias, identities = _key_tile(
-            key_start, key_end, part >= 2, tokens, sparse, row, head, first, sparse_first, PLAN
+            key_start, key_end, part >= 2, inputs, (row, head, first, sparse_first), PLAN
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * (PLAN.scale * LOG2E) + bias[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * PLAN.scale_log2e + bias[None, :]
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         # Without a key so far all is -inf, of which no difference may be taken.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -287,23 +276,21 @@ def _forward(
         correction = tl.exp2(largest - reference)
         total = total * correction + tl.sum(probabilities, 1)
         if PLAN.dropout:
-            survive = _survives(query_bits[:, None], identities[None, :], dropout.threshold)
+            survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
             probabilities = tl.where(survive, probabilities, 0.0)
         accumulated = accumulated * correction[:, None]
         accumulated = tl.dot(probabilities.to(v.dtype), v, accumulated, input_precision=PLAN.precision)
         largest = new_largest
 
-    empty = total == 0.0
-    accumulated = accumulated / tl.where(empty, 1.0, total)[:, None]
     if PLAN.dropout:
-        accumulated = accumulated * dropout.scale
+        accumulated = accumulated * inputs.survivor_scale
+    # A query without a key must weigh nothing when chunks are combined, and have no probabilities in the backward pass.
+    none = float("-inf") if GLOBAL else float("inf")
+    some_total = tl.where(total == 0.0, 1.0, total)
+    normalizers = tl.where(total == 0.0, none, largest + tl.log2(some_total))
     if GLOBAL:
-        # Parts weigh by their normalizers when they are combined: one without a key must weigh nothing.
         first = chunk.to(tl.int64) * PLAN.num_global_tokens
-        normalizers = tl.where(empty, float("-inf"), largest + tl.log2(total))
-    else:
-        normalizers = tl.where(empty, float("inf"), largest + tl.log2(total))
-    _store_tile(accumulated, output, _base(output, row, head, first), start, end, PLAN)
+    _store_tile(accumulated / some_total[:, None], output, _base(output, row, head, first), start, end, PLAN)
     tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
 
 
@@ -311,25 +298,24 @@ def _forward(
 def _combine(
     part: Strided,
     part_normalizer: Strided,
+    inputs: Inputs,
     output: Strided,
     normalizer: Strided,
-    rows: Rows,
     WEIGHTED: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
     """Merge what the chunks gave for global tokens: the sum, or, if WEIGHTED, the mean by their normalizers."""
     SIZE: tl.constexpr = PLAN.query_tile
-    G: tl.constexpr = PLAN.num_global_tokens
-    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
+    D: tl.constexpr = PLAN.padded_head_dim
+    row, head, first, _, length, _ = _place(inputs, PLAN)
     start = tl.program_id(0) * SIZE
-    end = start * 0 + G
+    end = start * 0 + PLAN.num_global_tokens
     places = start + tl.arange(0, SIZE)
-    accumulated = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    accumulated = tl.zeros((SIZE, D), tl.float32)
     largest = tl.full((SIZE,), float("-inf"), tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
     for chunk in range(tl.cdiv(length, PLAN.chunk)):
-        offset = row * 0 + chunk * G
+        offset = row * 0 + chunk * PLAN.num_global_tokens
         tile = _load_tile(_base(part, row, head, offset), part.token, start, end, SIZE, PLAN)
         if WEIGHTED:
             pointers = _base(part_normalizer, row, head, offset) + places
@@ -343,39 +329,33 @@ def _combine(
         else:
             accumulated += tile
     if WEIGHTED:
-        empty = total == 0.0
-        accumulated = accumulated / tl.where(empty, 1.0, total)[:, None]
-        normalizers = tl.where(empty, float("inf"), largest + tl.log2(total))
+        some_total = tl.where(total == 0.0, 1.0, total)
+        accumulated = accumulated / some_total[:, None]
+        normalizers = tl.where(total == 0.0, float("inf"), largest + tl.log2(some_total))
         tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
     _store_tile(accumulated, output, _base(output, row, head, first), start, end, PLAN)
 
 
 @triton.jit
 def _backward_queries(
-    query: Strided,
-    tokens: Keys,
-    sparse: Keys,
+    inputs: Inputs,
     output: Strided,
     grad_output: Strided,
     normalizer: Strided,
     delta: Strided,
     grad_query: Strided,
-    rows: Rows,
-    dropout: Dropout,
     GLOBAL: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
-    """The gradient of a tile of queries, as `_forward` cuts them; and delta, by which `_backward_keys` goes on."""
+    """The gradient of a tile of queries, cut as in `_forward`, and their delta = sum(output * grad_output)."""
     SIZE: tl.constexpr = PLAN.query_tile
-    LOG2E: tl.constexpr = 1.4426950408889634
-    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
-    sparse_first, sparse_length = _span(rows.cu_sparse, row, rows.sparse_tokens, PLAN.packed)
+    D: tl.constexpr = PLAN.padded_head_dim
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
     if (start >= end) | (chunk * PLAN.chunk >= length):
         return
 
-    q = _load_tile(_base(query, row, head, first), query.token, start, end, SIZE, PLAN)
+    q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
     o = _load_tile(_base(output, row, head, first), output.token, start, end, SIZE, PLAN)
     do = _load_tile(_base(grad_output, row, head, first), grad_output.token, start, end, SIZE, PLAN)
     places = start + tl.arange(0, SIZE)
@@ -384,19 +364,19 @@ def _backward_queries(
     deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(_base(delta, row, head, first) + places, deltas, mask=inside & (chunk == 0))
     if PLAN.dropout:
-        query_bits = _query_bits(dropout.seed, row, head, places, PLAN.heads)
-    accumulated = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+        query_bits = _query_bits(inputs.seed, row, head, places, PLAN.heads)
+    accumulated = tl.zeros((SIZE, D), tl.float32)
     for number in range(_count(ranges, PLAN.key_tile)):
         key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
         k, v, bias, identities = _key_tile(
-            key_start, key_end, part >= 2, tokens, sparse, row, head, first, sparse_first, PLAN
+            key_start, key_end, part >= 2, inputs, (row, head, first, sparse_first), PLAN
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * (PLAN.scale * LOG2E) + bias[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * PLAN.scale_log2e + bias[None, :]
         probabilities = tl.exp2(scores - normalizers[:, None])
         grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
         if PLAN.dropout:
-            survive = _survives(query_bits[:, None], identities[None, :], dropout.threshold)
-            grads = tl.where(survive, grads * dropout.scale, 0.0)
+            survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
+            grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
         grads = probabilities * (grads - deltas[:, None])
         accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
     if GLOBAL:
@@ -406,30 +386,24 @@ def _backward_queries(
 
 @triton.jit
 def _backward_keys(
-    query: Strided,
-    tokens: Keys,
-    sparse: Keys,
+    inputs: Inputs,
     grad_output: Strided,
     normalizer: Strided,
     delta: Strided,
     grad_key: Strided,
     grad_value: Strided,
-    rows: Rows,
-    dropout: Dropout,
     KIND: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
     """The gradients of a tile of keys and values: "text", "sparse", or "global" over one chunk of the queries."""
     SIZE: tl.constexpr = PLAN.key_tile
+    D: tl.constexpr = PLAN.padded_head_dim
     G: tl.constexpr = PLAN.num_global_tokens
     B: tl.constexpr = PLAN.block_size
     S: tl.constexpr = PLAN.sparse_block_size
-    step: tl.constexpr = B // max(PLAN.sparsity_factor, 1)
-    LOG2E: tl.constexpr = 1.4426950408889634
-    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first, length = _span(rows.cu_seqlens, row, rows.tokens, PLAN.packed)
-    sparse_first, sparse_length = _span(rows.cu_sparse, row, rows.sparse_tokens, PLAN.packed)
-    zero = length * 0
+    step: tl.constexpr = B // PLAN.sparsity_factor
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
+    zero = tl.program_id(0) * 0
     chunk = zero
     start = tl.program_id(0) * SIZE
     end = length
@@ -456,43 +430,41 @@ def _backward_keys(
         chunk = tl.program_id(0) // tiles
         start = (tl.program_id(0) % tiles) * SIZE
         end = zero + G
-        out_first = row * 0 + chunk * G
+        out_first = chunk.to(tl.int64) * G
         low = tl.minimum(chunk * PLAN.chunk, length)
         ranges = (low, tl.minimum(low + PLAN.chunk, length), zero, zero, zero, zero, zero, zero)
     if (start >= end) | (chunk * PLAN.chunk >= length):
         return
 
-    k, v, bias, identities = _key_tile(
-        start, end, zero + (1 if KIND == "sparse" else 0) > 0, tokens, sparse, row, head, first, sparse_first, PLAN
-    )
+    of_sparse = zero < (1 if KIND == "sparse" else 0)
+    k, v, bias, identities = _key_tile(start, end, of_sparse, inputs, (row, head, first, sparse_first), PLAN)
     places = start + tl.arange(0, SIZE)
-    key_sum = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
-    value_sum = tl.zeros((SIZE, PLAN.padded_head_dim), tl.float32)
+    key_sum = tl.zeros((SIZE, D), tl.float32)
+    value_sum = tl.zeros((SIZE, D), tl.float32)
+    query_base, grad_base = _base(inputs.query, row, head, first), _base(grad_output, row, head, first)
     for number in range(_count(ranges, PLAN.query_tile)):
         query_start, query_end, part = _tile(number, ranges, PLAN.query_tile)
-        q = _load_tile(_base(query, row, head, first), query.token, query_start, query_end, PLAN.query_tile, PLAN)
-        do = _load_tile(
-            _base(grad_output, row, head, first), grad_output.token, query_start, query_end, PLAN.query_tile, PLAN
-        )
+        q = _load_tile(query_base, inputs.query.token, query_start, query_end, PLAN.query_tile, PLAN)
+        do = _load_tile(grad_base, grad_output.token, query_start, query_end, PLAN.query_tile, PLAN)
         queries = query_start + tl.arange(0, PLAN.query_tile)
         inside = queries < query_end
         normalizers = tl.load(_base(normalizer, row, head, first) + queries, mask=inside, other=float("inf"))
         deltas = tl.load(_base(delta, row, head, first) + queries, mask=inside, other=0.0)
         seen = bias
         if KIND == "sparse":
-            # A tile of sparse keys may be of several blocks, each of which other queries see.
+            # The keys of a tile may lie around several blocks, and are then not all seen by the same queries.
             query_block = (query_start - G) // B
             window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
             seen = tl.where((places < window_end) & (places >= window_end - S), bias, float("-inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision) * (PLAN.scale * LOG2E) + seen[:, None]
+        scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision) * PLAN.scale_log2e + seen[:, None]
         probabilities = tl.exp2(scores - normalizers[None, :])
         grads = tl.dot(v, tl.trans(do), input_precision=PLAN.precision)
         survivors = probabilities
         if PLAN.dropout:
-            query_bits = _query_bits(dropout.seed, row, head, queries, PLAN.heads)
-            survive = _survives(query_bits[None, :], identities[:, None], dropout.threshold)
-            survivors = tl.where(survive, probabilities * dropout.scale, 0.0)
-            grads = tl.where(survive, grads * dropout.scale, 0.0)
+            query_bits = _query_bits(inputs.seed, row, head, queries, PLAN.heads)
+            survive = _survives(query_bits[None, :], identities[:, None], inputs.threshold)
+            survivors = tl.where(survive, probabilities * inputs.survivor_scale, 0.0)
+            grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
         value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
         grads = probabilities * (grads - deltas[None, :])
         key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
@@ -548,11 +520,12 @@ def choose_largest_norm(
     per_head = chunks * (chunk_size // factor)
     index = torch.empty(batch, heads, per_head, dtype=torch.int64, device=key.device)
     kept = torch.empty(batch, heads, per_head, dtype=torch.bool, device=key.device)
+    key, mask = _token_major(key), keep.contiguous().view(torch.uint8)
     plan = Plan(head_dim, triton.next_power_of_2(head_dim))
     with torch.cuda.device_of(key):
         _choose[(chunks, heads, batch)](
-            _strided(key),
-            _strided_mask(keep),
+            Strided(key, *key.stride()[:3]),
+            Strided(mask, mask.stride(0), 0, 1),
             index,
             kept.view(torch.uint8),
             length,
@@ -640,8 +613,14 @@ def fused_attention(
         cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
     sparse_key, sparse_value, sparse_keep = sparse if sparse is not None else (None, None, None)
     states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
-    sizes = [max_seqlen or query.shape[2], num_global_tokens, block_size, sparse_block_size, sparsity_factor]
-    return _attention(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, sizes, dropout)[0]
+    sizes = [
+        query.shape[2] if max_seqlen is None else max_seqlen,
+        num_global_tokens,
+        block_size,
+        sparse_block_size,
+        sparsity_factor,
+    ]
+    return _attention_operator(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, sizes, dropout)[0]
 
 
 def dropout_keep_mask(
@@ -675,17 +654,6 @@ def _interpreted() -> bool:
     return not isinstance(_forward, triton.runtime.JITFunction)
 
 
-def _strided(tensor: torch.Tensor, packed: bool = False) -> Strided:
-    """`tensor` of shape (batch, heads, tokens[, head_dim]); the rows of packed tensors are told by their tokens."""
-    return Strided(tensor, 0 if packed else tensor.stride(0), tensor.stride(1), tensor.stride(2))
-
-
-def _strided_mask(keep: torch.Tensor, packed: bool = False) -> Strided:
-    """A mask of shape (batch, 1 or heads, tokens)."""
-    keep = (keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8)
-    return Strided(keep, 0 if packed else keep.stride(0), keep.stride(1) if keep.shape[1] > 1 else 0, 1)
-
-
 def _token_major(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` where it lies, if the numbers of a head are next to each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.transpose(1, 2).contiguous().transpose(1, 2)
@@ -697,7 +665,7 @@ def _precision() -> str:
 
 
 class _Call:
-    """What the kernels of one call share; the arguments are those of `_attention`."""
+    """The kernels of one call of `_attention`, whose arguments these are, with what they share."""
 
     def __init__(
         self,
@@ -714,182 +682,174 @@ class _Call:
         sizes: list[int],
         dropout: float,
     ) -> None:
-        self.max_seqlen, self.g, block_size, sparse_block_size, factor = sizes
-        self.packed = packed = cu_seqlens is not None
-        self.heads, head_dim = query.shape[1], query.shape[3]
+        max_seqlen, self.g, block_size, sparse_block_size, sparsity_factor = sizes
+        self.packed = cu_seqlens is not None
+        self.heads, self.head_dim = query.shape[1], query.shape[3]
         self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        self.query = _strided(_token_major(query), packed)
-        # What there is none of is not read, but kernels want an address: that of something else.
-        self.sparse = Keys(self.query, self.query, self.query)
-        sparse_length = 0
-        if sparse_key is not None and sparse_value is not None and sparse_keep is not None:
-            self.sparse = Keys(
-                _strided(_token_major(sparse_key), packed),
-                _strided(_token_major(sparse_value), packed),
-                _strided_mask(sparse_keep, packed),
-            )
-            sparse_length = sparse_key.shape[2]
-        self.tokens = Keys(
-            _strided(_token_major(key), packed),
-            _strided(_token_major(value), packed),
-            self.sparse.keep if keep is None else _strided_mask(keep[:, None], packed),
+        self.wide, self.large = query.dtype == torch.float32, self.head_dim > 64
+        has_sparse = sparse_key is not None and sparse_key.shape[2] > 0
+
+        any_keys = Keys(*[self.strided(_token_major(query))] * 3)
+        sparse = any_keys
+        if has_sparse and sparse_key is not None and sparse_value is not None and sparse_keep is not None:
+            parts = [self.strided(_token_major(tensor)) for tensor in (sparse_key, sparse_value)]
+            sparse = Keys(parts[0], parts[1], self.strided_mask(sparse_keep))
+        parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
+        self.inputs = Inputs(
+            query=any_keys.key,
+            tokens=Keys(parts[0], parts[1], sparse.keep if keep is None else self.strided_mask(keep[:, None])),
+            sparse=sparse,
+            length=query.shape[2],
+            sparse_length=sparse_key.shape[2] if sparse_key is not None else 0,
+            cu_seqlens=query if cu_seqlens is None else cu_seqlens,
+            cu_sparse=query if cu_sparse is None else cu_sparse,
+            seed=query if seed is None else seed,
+            threshold=_threshold(dropout),
+            survivor_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
         )
-        self.rows = Rows(
-            query.shape[2],
-            sparse_length,
-            query if cu_seqlens is None else cu_seqlens,
-            query if cu_sparse is None else cu_sparse,
-        )
-        scale = 1 / (1 - dropout) if dropout < 1.0 else 0.0
-        self.dropout = Dropout(query if seed is None else seed, _threshold(dropout), scale)
         self.plan = Plan(
-            head_dim,
-            triton.next_power_of_2(head_dim),
+            self.head_dim,
+            triton.next_power_of_2(self.head_dim),
             heads=self.heads,
             num_global_tokens=self.g,
             block_size=block_size,
-            sparse_block_size=sparse_block_size if sparse_length else 0,
-            sparsity_factor=factor if sparse_length else 1,
-            scale=head_dim**-0.5,
+            sparse_block_size=sparse_block_size if has_sparse else 0,
+            sparsity_factor=sparsity_factor if has_sparse else 1,
+            scale=self.head_dim**-0.5,
+            scale_log2e=self.head_dim**-0.5 * math.log2(math.e),
             masked=keep is not None,
-            sparse=sparse_length > 0,
+            sparse=has_sparse,
             dropout=dropout > 0.0,
-            packed=packed,
+            packed=self.packed,
             precision=_precision(),
         )
-        text = -(-max(self.max_seqlen - self.g, 0) // block_size) * block_size
+        text = -(-max(max_seqlen - self.g, 0) // block_size) * block_size
         self.text, self.sparse_text = text, text // self.plan.sparsity_factor
-        self.tile = min(block_size & -block_size, 64)  # tiles of text lie in one block
-        self.forward_tiles = (self.tile, self.tile)
-        self.global_tile = 16 if self.g <= 16 else 32
-        self.chunks = -(-self.max_seqlen // GLOBAL_CHUNK)
+        self.chunks = -(-max_seqlen // GLOBAL_CHUNK)
+        self.largest_tile = block_size & -block_size  # tiles of text must lie in one block
+
+    def strided(self, tensor: torch.Tensor) -> Strided:
+        """`tensor` of shape (batch, heads, tokens[, head_dim]); packed rows are told apart by their tokens alone."""
+        return Strided(tensor, 0 if self.packed else tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+    def strided_mask(self, keep: torch.Tensor) -> Strided:
+        """A mask of shape (batch, 1 or heads, tokens)."""
+        mask = self.strided((keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8))
+        return mask if keep.shape[1] > 1 else mask._replace(head=0)
 
     def launch(
-        self,
-        kernel: Any,
-        tokens: int,
-        arguments: tuple[Any, ...],
-        tiles: tuple[int, int],
-        chunks: int = 1,
-        **options: Any,
+        self, kernel: Any, tokens: int, query_tile: int, key_tile: int, *arguments: Any, chunks: int = 1, **options: Any
     ) -> None:
-        """Launch for `tokens` of each head and row; `tiles` are those of queries and of keys."""
-        plan = self.plan._replace(query_tile=tiles[0], key_tile=tiles[1])
-        own = tiles[1] if kernel is _backward_keys else tiles[0]
+        """Run a kernel for `tokens` of each row and head, at most with these tiles.
+
+        The tiles are those with which the compiler, for sm_90, needs no more registers than there are.
+        """
+        if self.wide:
+            query_tile, key_tile, options["num_warps"] = min(query_tile, 32), min(key_tile, 32), 8
+        query_tile, key_tile = min(query_tile, self.largest_tile), min(key_tile, self.largest_tile)
+        own = key_tile if kernel is _backward_keys else query_tile
         grid = (-(-tokens // own) * chunks, self.heads, self.num_rows)
-        if grid[0] and self.num_rows:
+        plan = self.plan._replace(query_tile=query_tile, key_tile=key_tile)
+        if all(grid):
             kernel[grid](*arguments, PLAN=plan, **options)
 
-    def part(self, head_dim: int) -> torch.Tensor:
+    def global_rows(self) -> tuple[int, int]:
+        return self.g, 16 if self.g <= 16 else 32
+
+    def part(self, head_dim: int) -> Strided:
         """Room for what each chunk gives for the global tokens, of shape (rows, heads, chunks * g, head_dim)."""
         shape = (self.num_rows, self.heads, self.chunks * self.g, head_dim)
-        return torch.empty(shape, dtype=torch.float32, device=self.query.data.device)
+        part = torch.empty(shape, dtype=torch.float32, device=self.inputs.query.data.device)
+        return Strided(part, *part.stride()[:3])
 
-    def combine(self, part: torch.Tensor, weights: torch.Tensor | None, output: Strided, normalizer: Strided) -> None:
-        weighted = weights is not None
-        arguments = (_strided(part), _strided(part if weights is None else weights), output, normalizer, self.rows)
-        self.launch(_combine, self.g, arguments, (self.global_tile, 0), WEIGHTED=weighted, num_warps=4)
+    def forward(self, output: Strided, normalizer: Strided) -> None:
+        stages = 2 if self.large else 3
+        arguments = (128, 64, self.inputs, output, normalizer)
+        self.launch(_forward, self.text, *arguments, GLOBAL=False, num_warps=8, num_stages=stages)
+        if self.g:
+            g, tile = self.global_rows()
+            part, weights = self.part(self.head_dim), self.part(1)
+            arguments = (tile, 64, self.inputs, part, weights)
+            self.launch(_forward, g, *arguments, chunks=self.chunks, GLOBAL=True, num_stages=stages)
+            self.launch(_combine, g, tile, 16, part, weights, self.inputs, output, normalizer, WEIGHTED=True)
+
+    def backward(
+        self, output: Strided, grad: Strided, normalizer: Strided, delta: Strided, grads: list[Strided]
+    ) -> None:
+        grad_query, grad_key, grad_value, *sparse_grads = grads
+        inputs, g, tile = self.inputs, *self.global_rows()
+        settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
+        # Queries first: they leave the deltas, which the keys need.
+        arguments = (inputs, output, grad, normalizer, delta)
+        self.launch(_backward_queries, self.text, 64, 64, *arguments, grad_query, GLOBAL=False, **settings)
+        if g:
+            part = self.part(self.head_dim)
+            self.launch(_backward_queries, g, tile, 64, *arguments, part, chunks=self.chunks, GLOBAL=True, num_stages=2)
+            self.launch(_combine, g, tile, 16, part, part, inputs, grad_query, normalizer, WEIGHTED=False)
+        query_tile = 32 if self.large or self.plan.dropout else 64
+        arguments = (inputs, grad, normalizer, delta)
+        self.launch(
+            _backward_keys, self.text, query_tile, 64, *arguments, grad_key, grad_value, KIND="text", **settings
+        )
+        if sparse_grads:
+            self.launch(
+                _backward_keys, self.sparse_text, query_tile, 64, *arguments, *sparse_grads, KIND="sparse", **settings
+            )
+        if g:
+            parts = self.part(self.head_dim), self.part(self.head_dim)
+            self.launch(
+                _backward_keys, g, 64, tile, *arguments, *parts, chunks=self.chunks, KIND="global", num_stages=2
+            )
+            for part, target in zip(parts, (grad_key, grad_value), strict=True):
+                self.launch(_combine, g, tile, 16, part, part, inputs, target, normalizer, WEIGHTED=False)
 
 
 # Several copies of this file may be loaded in one process, from checkpoints: each has operators of its own.
 _NAMESPACE = "lsg_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? sparse_key, Tensor? sparse_value, "
+    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, SymInt[] sizes, float dropout"
+)
+_CU_SEQLENS = 8
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keep: torch.Tensor | None,
-    sparse_key: torch.Tensor | None,
-    sparse_value: torch.Tensor | None,
-    sparse_keep: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_sparse: torch.Tensor | None,
-    sizes: list[int],
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the normalizers; `sizes` are max_seqlen, g, block_size, sparse_block_size and sparsity_factor."""
-    call = _Call(
-        query, key, value, keep, sparse_key, sparse_value, sparse_keep, seed, cu_seqlens, cu_sparse, sizes, dropout
-    )
-    output, normalizer = _new_outputs(query, call.packed)
-    targets = _strided(output, call.packed), _strided(normalizer, call.packed)
-    inputs, more = (call.query, call.tokens, call.sparse), (call.rows, call.dropout)
-    with torch.cuda.device_of(query):
-        call.launch(_forward, call.text, (*inputs, *targets, *more), call.forward_tiles, GLOBAL=False)
-        if call.g:
-            part, weights = call.part(query.shape[3]), call.part(1).squeeze(-1)
-            arguments = (*inputs, _strided(part), _strided(weights), *more)
-            call.launch(_forward, call.g, arguments, (call.global_tile, call.tile), call.chunks, GLOBAL=True)
-            call.combine(part, weights, *targets)
-    return output, normalizer
+def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query = arguments[0]
+    return _new_token_major(query, arguments), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
-def _attention_backward(
-    grad_output: torch.Tensor,
-    output: torch.Tensor,
-    normalizer: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keep: torch.Tensor | None,
-    sparse_key: torch.Tensor | None,
-    sparse_value: torch.Tensor | None,
-    sparse_keep: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_sparse: torch.Tensor | None,
-    sizes: list[int],
-    dropout: float,
+def _new_grads(
+    grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
 ) -> list[torch.Tensor]:
-    """The gradients of queries, keys and values, and of the sparse keys and values where there are any."""
-    call = _Call(
-        query, key, value, keep, sparse_key, sparse_value, sparse_keep, seed, cu_seqlens, cu_sparse, sizes, dropout
-    )
-    grads = _new_grads(query, sparse_key, call.packed)
-    grad_query, *grad_keys = (_strided(grad, call.packed) for grad in grads)
-    delta = _strided(torch.empty_like(normalizer), call.packed)
-    grad, out = _strided(_token_major(grad_output), call.packed), _strided(output, call.packed)
-    inputs, more = (call.query, call.tokens, call.sparse), (call.rows, call.dropout)
-    normalizers = _strided(normalizer, call.packed)
-    of_queries, of_keys = (*inputs, out, grad, normalizers, delta), (*inputs, grad, normalizers, delta)
-    tiles = (call.tile, call.tile)
-    with torch.cuda.device_of(query):
-        # Queries first: they leave the deltas for keys.
-        call.launch(_backward_queries, call.text, (*of_queries, grad_query, *more), tiles, GLOBAL=False)
-        if call.g:
-            part = call.part(query.shape[3])
-            arguments = (*of_queries, _strided(part), *more)
-            call.launch(_backward_queries, call.g, arguments, (call.global_tile, call.tile), call.chunks, GLOBAL=True)
-            call.combine(part, None, grad_query, normalizers)
-        call.launch(_backward_keys, call.text, (*of_keys, *grad_keys[:2], *more), tiles, KIND="text")
-        if call.g:
-            parts = call.part(query.shape[3]), call.part(query.shape[3])
-            arguments = (*of_keys, *(_strided(part) for part in parts), *more)
-            call.launch(_backward_keys, call.g, arguments, (call.tile, call.global_tile), call.chunks, KIND="global")
-            for part, target in zip(parts, grad_keys, strict=False):
-                call.combine(part, None, target, normalizers)
-        if sparse_key is not None:
-            call.launch(_backward_keys, call.sparse_text, (*of_keys, *grad_keys[2:], *more), tiles, KIND="sparse")
-    return grads
+    """For queries, keys, values, and, if there are any, sparse keys and values."""
+    return [_new_token_major(arguments[i], arguments) for i in (0, 1, 2, 4, 5) if arguments[i] is not None]
 
 
-def _new_token_major(like: torch.Tensor, packed: bool) -> torch.Tensor:
-    """Of the shape of `like`; zero where packed rows may leave gaps."""
+def _new_token_major(like: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
     batch, heads, tokens, head_dim = like.shape
-    return (like.new_zeros if packed else like.new_empty)((batch, tokens, heads, head_dim)).transpose(1, 2)
+    # Between and behind packed rows there may be gaps, which no kernel writes.
+    new = like.new_empty if arguments[_CU_SEQLENS] is None else like.new_zeros
+    return new((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-def _new_outputs(query: torch.Tensor, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return _new_token_major(query, packed), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the normalizers; `sizes` are max_seqlen, g, block_size, sparse_block_size and sparsity_factor."""
+    outputs = _new_outputs(*arguments)
+    call = _Call(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        call.forward(*(call.strided(tensor) for tensor in outputs))
+    return outputs
 
 
-def _new_grads(query: torch.Tensor, sparse_key: torch.Tensor | None, packed: bool) -> list[torch.Tensor]:
-    like = [query] * 3 + ([] if sparse_key is None else [sparse_key] * 2)
-    return [_new_token_major(tensor, packed) for tensor in like]
+def _attention_backward(
+    grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
+) -> list[torch.Tensor]:
+    grads = _new_grads(grad_output, output, normalizer, *arguments)
+    call = _Call(*arguments)
+    states = (output, _token_major(grad_output), normalizer, torch.empty_like(normalizer))
+    with torch.cuda.device_of(output):
+        call.backward(*(call.strided(tensor) for tensor in states), [call.strided(grad) for grad in grads])
+    return grads
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -898,13 +858,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _differentiate(ctx: Any, grad_output: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grads = _attention_backward(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
+    grads = _attention_backward_operator(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
     sparse_grads = grads[3:] or [None, None]
     return (*grads[:3], None, *sparse_grads, *[None] * 6)
 
 
-_attention.register_fake(lambda query, *others: _new_outputs(query, others[7] is not None))
-_attention_backward.register_fake(
-    lambda grad, output, normalizer, query, *others: _new_grads(query, others[3 - 1], others[7] is not None)
+_attention_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 )
-_attention.register_autograd(_differentiate, setup_context=_save)
+_attention_backward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::attention_backward",
+    _attention_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_output, Tensor output, Tensor normalizer, {_ARGUMENTS}) -> Tensor[]",
+)
+_attention_operator.register_fake(_new_outputs)
+_attention_backward_operator.register_fake(_new_grads)
+_attention_operator.register_autograd(_differentiate, setup_context=_save)
