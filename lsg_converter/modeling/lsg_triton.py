@@ -41,7 +41,7 @@ SPARSE_IDENTITY = 2**30  # added to the places of sparse keys, to tell them from
 class Strided(NamedTuple):
     """A tensor of shape (batch, heads, tokens[, head_dim]) as kernels take it: with its strides."""
 
-    data: torch.Tensor
+    data: Any  # a tensor; in a kernel a pointer
     batch: int
     head: int
     token: int
@@ -451,8 +451,8 @@ def _backward_keys(
         normalizers = tl.load(_base(normalizer, row, head, first) + queries, mask=inside, other=float("inf"))
         deltas = tl.load(_base(delta, row, head, first) + queries, mask=inside, other=0.0)
         seen = bias
-        if KIND == "sparse":
-            # The keys of a tile may lie around several blocks, and are then not all seen by the same queries.
+        if KIND == "sparse" and (step % SIZE != 0 or S % step != 0):
+            # The keys of a tile are not all seen by the same blocks.
             query_block = (query_start - G) // B
             window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
             seen = tl.where((places < window_end) & (places >= window_end - S), bias, float("-inf"))
@@ -582,7 +582,7 @@ def fused_attention(
     max_seqlen: int | None = None,
     cu_sparse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LSG attention with scores scaled by `1 / sqrt(head_dim)`, differentiable in queries, keys, values and sparse ones.
+    """LSG attention, scores scaled by `1 / sqrt(head_dim)`; differentiable in queries, keys, values and sparse ones.
 
     Args:
         query, key, value: shape (batch, heads, g + t, head_dim), of any strides: `g = num_global_tokens` globals, then
@@ -773,35 +773,31 @@ class _Call:
             self.launch(_forward, g, *arguments, chunks=self.chunks, GLOBAL=True, num_stages=stages)
             self.launch(_combine, g, tile, 16, part, weights, self.inputs, output, normalizer, WEIGHTED=True)
 
-    def backward(
-        self, output: Strided, grad: Strided, normalizer: Strided, delta: Strided, grads: list[Strided]
-    ) -> None:
+    def backward(self, states: list[Strided], grads: list[Strided]) -> None:
+        """`states` are the output, its gradient, the normalizers, and room for the deltas."""
+        output, *of_output = states
         grad_query, grad_key, grad_value, *sparse_grads = grads
         inputs, g, tile = self.inputs, *self.global_rows()
         settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
         # Queries first: they leave the deltas, which the keys need.
-        arguments = (inputs, output, grad, normalizer, delta)
+        arguments = (inputs, output, *of_output)
         self.launch(_backward_queries, self.text, 64, 64, *arguments, grad_query, GLOBAL=False, **settings)
         if g:
             part = self.part(self.head_dim)
             self.launch(_backward_queries, g, tile, 64, *arguments, part, chunks=self.chunks, GLOBAL=True, num_stages=2)
-            self.launch(_combine, g, tile, 16, part, part, inputs, grad_query, normalizer, WEIGHTED=False)
+            self.launch(_combine, g, tile, 16, part, part, inputs, grad_query, of_output[1], WEIGHTED=False)
         query_tile = 32 if self.large or self.plan.dropout else 64
-        arguments = (inputs, grad, normalizer, delta)
-        self.launch(
-            _backward_keys, self.text, query_tile, 64, *arguments, grad_key, grad_value, KIND="text", **settings
-        )
+        of_keys = (inputs, *of_output)
+        self.launch(_backward_keys, self.text, query_tile, 64, *of_keys, grad_key, grad_value, KIND="text", **settings)
         if sparse_grads:
             self.launch(
-                _backward_keys, self.sparse_text, query_tile, 64, *arguments, *sparse_grads, KIND="sparse", **settings
+                _backward_keys, self.sparse_text, query_tile, 64, *of_keys, *sparse_grads, KIND="sparse", **settings
             )
         if g:
             parts = self.part(self.head_dim), self.part(self.head_dim)
-            self.launch(
-                _backward_keys, g, 64, tile, *arguments, *parts, chunks=self.chunks, KIND="global", num_stages=2
-            )
+            self.launch(_backward_keys, g, 64, tile, *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
-                self.launch(_combine, g, tile, 16, part, part, inputs, target, normalizer, WEIGHTED=False)
+                self.launch(_combine, g, tile, 16, part, part, inputs, target, of_output[1], WEIGHTED=False)
 
 
 # Several copies of this file may be loaded in one process, from checkpoints: each has operators of its own.
@@ -848,7 +844,7 @@ def _attention_backward(
     call = _Call(*arguments)
     states = (output, _token_major(grad_output), normalizer, torch.empty_like(normalizer))
     with torch.cuda.device_of(output):
-        call.backward(*(call.strided(tensor) for tensor in states), [call.strided(grad) for grad in grads])
+        call.backward([call.strided(state) for state in states], [call.strided(grad) for grad in grads])
     return grads
 
 
