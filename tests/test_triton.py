@@ -35,6 +35,7 @@ NATIVE = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 
 if INTERPRETED:
+    from triton import language as tl
     from triton.runtime import interpreter
 
     def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
@@ -42,10 +43,22 @@ if INTERPRETED:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def dot(self, a, b, *others, original=interpreter.InterpreterBuilder.create_dot):
+        """It multiplies the bits of bfloat16 as if they were integers."""
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return original(self, a, b, *others)
+
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpreterBuilder.create_dot = dot
 
 runs = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="runs in a process of its own, interpreted")
 HEADS = 2
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that texts of these lengths have several."""
+    monkeypatch.setattr(lsg_triton, "GLOBAL_CHUNK", 64)
 
 
 @pytest.mark.skipif(NATIVE or INTERPRETED, reason="the tests run in this process")
@@ -170,7 +183,7 @@ def test_agrees_with_plain_attention(shape):
 
 @runs
 def test_agrees_at_the_default_sizes():
-    against_dense(700, 128, 128, 2, 1, 16, batch=1)
+    against_dense(400, 128, 128, 2, 1, 16, batch=1)
 
 
 @runs

@@ -91,7 +91,7 @@ class Plan(NamedTuple):
     dropout: bool = False
     packed: bool = False
     precision: str = "ieee"
-    chunk: int = GLOBAL_CHUNK
+    chunk: int = 0
     query_tile: int = 0
     key_tile: int = 0
 
@@ -722,6 +722,7 @@ class _Call:
             dropout=dropout > 0.0,
             packed=self.packed,
             precision=_precision(),
+            chunk=GLOBAL_CHUNK,
         )
         text = -(-max(max_seqlen - self.g, 0) // block_size) * block_size
         self.text, self.sparse_text = text, text // self.plan.sparsity_factor
