@@ -1,0 +1,399 @@
+"""LSG attention on a GPU, fused: forward and backward, with dropout, packed rows, and as operators that compile."""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+
+from .lsg_triton_kernels import (
+    Inputs,
+    Keys,
+    Plan,
+    Strided,
+    backward_keys,
+    backward_queries,
+    choose,
+    combine,
+    forward,
+    is_installed,
+    triton,
+)
+
+
+GLOBAL_CHUNK = 512  # tokens per program where global rows face all tokens; fixed, so that results are too
+LARGEST_CHUNK = 256  # beyond this `choose_largest_norm` no longer pays
+
+
+def choose_largest_norm(
+    key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int, padded_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `1 / factor` of the keys of each chunk with the largest norm; of equal ones the first, masked ones last.
+
+    Args:
+        key: shape (batch, heads, t, head_dim).
+        keep: boolean, shape (batch, 1, t).
+        chunk_size: at most `LARGEST_CHUNK`.
+        padded_length: to which multiple of `chunk_size` the text is thought to be padded; by default the next one.
+
+    Returns:
+        Places in the text, ascending in each chunk, and whether they are kept: (batch, heads, padded_length / factor),
+        int64 and boolean. What is chosen of the padding is not kept, and has the place of the last token.
+    """
+    batch, heads, length, head_dim = key.shape
+    chunks = -(-(padded_length or length) // chunk_size)
+    per_head = chunks * (chunk_size // factor)
+    index = torch.empty(batch, heads, per_head, dtype=torch.int64, device=key.device)
+    kept = torch.empty(batch, heads, per_head, dtype=torch.bool, device=key.device)
+    key, mask = _token_major(key), keep.contiguous().view(torch.uint8)
+    plan = Plan(head_dim, triton.next_power_of_2(head_dim))
+    with torch.cuda.device_of(key):
+        choose[(chunks, heads, batch)](
+            Strided(key, *key.stride()[:3]),
+            Strided(mask, mask.stride(0), 0, 1),
+            index,
+            kept.view(torch.uint8),
+            length,
+            per_head,
+            chunk_size,
+            triton.next_power_of_2(chunk_size),
+            chunk_size // factor,
+            plan,
+            num_warps=4 if chunk_size <= 128 else 8,
+        )
+    return index, kept
+
+
+def triton_serves(
+    query: torch.Tensor, *, num_global_tokens: int, block_size: int, sparse_block_size: int, sparsity_factor: int
+) -> str | None:
+    """Why `fused_attention` cannot do what is asked, or None where it can."""
+    if not is_installed:
+        return "Triton is not installed"
+    if query.device.type != "cuda" and not _interpreted():
+        return f"it runs on CUDA devices; got {query.device.type}"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or above"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16; got {query.dtype}"
+    if query.shape[-1] not in (16, 32, 64, 80, 96, 128):
+        return f"it takes a head_dim of 16, 32, 64, 80, 96 or 128; got {query.shape[-1]}"
+    if block_size % 32:
+        return f"it takes a block_size that is a multiple of 32; got {block_size}"
+    if not 0 <= num_global_tokens <= 512:
+        return f"it takes 0 to 512 global tokens; got {num_global_tokens}"
+    if sparse_block_size and sparsity_factor and block_size % sparsity_factor:
+        return f"block_size must be a multiple of sparsity_factor; got {block_size} and {sparsity_factor}"
+    return None
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keep: torch.Tensor | None,
+    sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    *,
+    num_global_tokens: int,
+    block_size: int,
+    sparse_block_size: int,
+    sparsity_factor: int,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    cu_sparse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LSG attention, scores scaled by `1 / sqrt(head_dim)`; differentiable in queries, keys, values and sparse ones.
+
+    Args:
+        query, key, value: shape (batch, heads, g + t, head_dim), of any strides: `g = num_global_tokens` globals, then
+            `t` text tokens, any number of them. A text of at most two blocks gets ordinary full attention.
+        keep: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
+        sparse: the sparse keys, values and their mask, which is boolean, of shapes (batch, heads, s, head_dim) and
+            (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None.
+        dropout: the probability with which a probability is dropped.
+        seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
+        cu_seqlens: int32, shape (rows + 1,), on the device, for packed rows: `batch` is 1, and row `r`, its globals
+            followed by its text, is the tokens `[cu_seqlens[r], cu_seqlens[r + 1])`.
+        max_seqlen: for packed rows, a bound of `g + t` over them.
+        cu_sparse: int32, shape (rows + 1,): the sparse tokens `[cu_sparse[r], cu_sparse[r + 1])` are those of the
+            packed row `r`. By default rows have as many as `s` above, one row's after the other's.
+
+    Returns:
+        The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key.
+    """
+    if dropout > 0.0 and seed is None:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    if not (sparse_block_size and sparsity_factor):
+        sparse = None
+    if cu_seqlens is not None and max_seqlen is None:
+        raise ValueError("cu_seqlens needs max_seqlen, a bound of the lengths of its rows")
+    if cu_seqlens is not None and sparse is not None and cu_sparse is None:
+        blocks = (cu_seqlens.diff() - num_global_tokens + block_size - 1) // block_size
+        cu_sparse = torch.zeros_like(cu_seqlens)
+        cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
+    sparse_key, sparse_value, sparse_keep = sparse if sparse is not None else (None, None, None)
+    states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
+    sizes = [
+        query.shape[2] if max_seqlen is None else max_seqlen,
+        num_global_tokens,
+        block_size,
+        sparse_block_size,
+        sparsity_factor,
+    ]
+    return _attention_operator(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, sizes, dropout)[0]
+
+
+def dropout_keep_mask(
+    seed: torch.Tensor, batch_heads: int, queries: torch.Tensor, keys: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """Which probabilities `fused_attention` keeps: boolean, shape (batch_heads, queries, keys).
+
+    Args:
+        seed: int64, shape (1,).
+        queries: the places of queries among the `g + t` tokens of their row.
+        keys: those of keys; sparse key `s` has the place `SPARSE_IDENTITY + s`.
+    """
+
+    def mix(state: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        bits = ((state ^ value) + 0x9E3779B9) & 0xFFFFFFFF
+        for _ in range(2):
+            bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        return bits ^ (bits >> 16)
+
+    state = mix(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    state = mix(state, torch.arange(batch_heads, device=seed.device))[:, None, None]
+    state = mix(state, queries[:, None])
+    return mix(state, (keys * 0x9E3779B1) & 0xFFFFFFFF) >> 1 >= _threshold(dropout)
+
+
+def _threshold(dropout: float) -> int:
+    return min(round(dropout * 2**31), 2**31 - 1)
+
+
+def _interpreted() -> bool:
+    return not isinstance(forward, triton.runtime.JITFunction)
+
+
+def _token_major(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` where it lies, if the numbers of a head are next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _precision() -> str:
+    """How products of float32 are taken: exactly, unless torch's own may use TensorFloat-32."""
+    # Not `torch.get_float32_matmul_precision`, which raises where somebody uses the newer setting.
+    return "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
+
+
+class _Call:
+    """The kernels of one call of `_attention`, whose arguments these are, with what they share."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keep: torch.Tensor | None,
+        sparse_key: torch.Tensor | None,
+        sparse_value: torch.Tensor | None,
+        sparse_keep: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        cu_sparse: torch.Tensor | None,
+        sizes: list[int],
+        dropout: float,
+    ) -> None:
+        max_seqlen, self.g, block_size, sparse_block_size, sparsity_factor = sizes
+        self.packed = cu_seqlens is not None
+        self.heads, self.head_dim = query.shape[1], query.shape[3]
+        self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        self.wide, self.large = query.dtype == torch.float32, self.head_dim > 64
+        has_sparse = sparse_key is not None and sparse_key.shape[2] > 0
+
+        any_keys = Keys(*[self.strided(_token_major(query))] * 3)
+        sparse = any_keys
+        if has_sparse and sparse_key is not None and sparse_value is not None and sparse_keep is not None:
+            parts = [self.strided(_token_major(tensor)) for tensor in (sparse_key, sparse_value)]
+            sparse = Keys(parts[0], parts[1], self.strided_mask(sparse_keep))
+        parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
+        self.inputs = Inputs(
+            query=any_keys.key,
+            tokens=Keys(parts[0], parts[1], sparse.keep if keep is None else self.strided_mask(keep[:, None])),
+            sparse=sparse,
+            length=query.shape[2],
+            sparse_length=sparse_key.shape[2] if sparse_key is not None else 0,
+            cu_seqlens=query if cu_seqlens is None else cu_seqlens,
+            cu_sparse=query if cu_sparse is None else cu_sparse,
+            seed=query if seed is None else seed,
+            threshold=_threshold(dropout),
+            survivor_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
+        )
+        self.plan = Plan(
+            self.head_dim,
+            triton.next_power_of_2(self.head_dim),
+            heads=self.heads,
+            num_global_tokens=self.g,
+            block_size=block_size,
+            sparse_block_size=sparse_block_size if has_sparse else 0,
+            sparsity_factor=sparsity_factor if has_sparse else 1,
+            scale=self.head_dim**-0.5,
+            scale_log2e=self.head_dim**-0.5 * math.log2(math.e),
+            masked=keep is not None,
+            sparse=has_sparse,
+            dropout=dropout > 0.0,
+            packed=self.packed,
+            precision=_precision(),
+            chunk=GLOBAL_CHUNK,
+        )
+        text = -(-max(max_seqlen - self.g, 0) // block_size) * block_size
+        self.text, self.sparse_text = text, text // self.plan.sparsity_factor
+        self.chunks = -(-max_seqlen // GLOBAL_CHUNK)
+        self.largest_tile = block_size & -block_size  # tiles of text must lie in one block
+
+    def strided(self, tensor: torch.Tensor) -> Strided:
+        """`tensor` of shape (batch, heads, tokens[, head_dim]); packed rows are told apart by their tokens alone."""
+        return Strided(tensor, 0 if self.packed else tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+    def strided_mask(self, keep: torch.Tensor) -> Strided:
+        """A mask of shape (batch, 1 or heads, tokens)."""
+        mask = self.strided((keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8))
+        return mask if keep.shape[1] > 1 else mask._replace(head=0)
+
+    def launch(
+        self, kernel: Any, tokens: int, query_tile: int, key_tile: int, *arguments: Any, chunks: int = 1, **options: Any
+    ) -> None:
+        """Run a kernel for `tokens` of each row and head, at most with these tiles.
+
+        The tiles are those with which the compiler, for sm_90, needs no more registers than there are.
+        """
+        if self.wide:
+            query_tile, key_tile, options["num_warps"] = min(query_tile, 32), min(key_tile, 32), 8
+        query_tile, key_tile = min(query_tile, self.largest_tile), min(key_tile, self.largest_tile)
+        own = key_tile if kernel is backward_keys else query_tile
+        grid = (-(-tokens // own) * chunks, self.heads, self.num_rows)
+        plan = self.plan._replace(query_tile=query_tile, key_tile=key_tile)
+        if all(grid):
+            kernel[grid](*arguments, PLAN=plan, **options)
+
+    def global_rows(self) -> tuple[int, int]:
+        return self.g, 16 if self.g <= 16 else 32
+
+    def part(self, head_dim: int) -> Strided:
+        """Room for what each chunk gives for the global tokens, of shape (rows, heads, chunks * g, head_dim)."""
+        shape = (self.num_rows, self.heads, self.chunks * self.g, head_dim)
+        part = torch.empty(shape, dtype=torch.float32, device=self.inputs.query.data.device)
+        return Strided(part, *part.stride()[:3])
+
+    def forward(self, output: Strided, normalizer: Strided) -> None:
+        stages = 2 if self.large else 3
+        arguments = (128, 64, self.inputs, output, normalizer)
+        self.launch(forward, self.text, *arguments, GLOBAL=False, num_warps=8, num_stages=stages)
+        if self.g:
+            g, tile = self.global_rows()
+            part, weights = self.part(self.head_dim), self.part(1)
+            arguments = (tile, 64, self.inputs, part, weights)
+            self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, num_stages=stages)
+            self.launch(combine, g, tile, 16, part, weights, self.inputs, output, normalizer, WEIGHTED=True)
+
+    def backward(self, states: list[Strided], grads: list[Strided]) -> None:
+        """`states` are the output, its gradient, the normalizers, and room for the deltas."""
+        output, *of_output = states
+        grad_query, grad_key, grad_value, *sparse_grads = grads
+        inputs, g, tile = self.inputs, *self.global_rows()
+        settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
+        # Queries first: they leave the deltas, which the keys need.
+        arguments = (inputs, output, *of_output)
+        self.launch(backward_queries, self.text, 64, 64, *arguments, grad_query, GLOBAL=False, **settings)
+        if g:
+            part = self.part(self.head_dim)
+            self.launch(backward_queries, g, tile, 64, *arguments, part, chunks=self.chunks, GLOBAL=True, num_stages=2)
+            self.launch(combine, g, tile, 16, part, part, inputs, grad_query, of_output[1], WEIGHTED=False)
+        query_tile = 32 if self.large or self.plan.dropout else 64
+        of_keys = (inputs, *of_output)
+        self.launch(backward_keys, self.text, query_tile, 64, *of_keys, grad_key, grad_value, KIND="text", **settings)
+        if sparse_grads:
+            # A mask for keys that are seen by different blocks takes registers, too.
+            step = self.plan.block_size // self.plan.sparsity_factor
+            query_tile = 32 if step % 64 or self.plan.sparse_block_size % step else query_tile
+            of_sparse = (*of_keys, *sparse_grads)
+            self.launch(backward_keys, self.sparse_text, query_tile, 64, *of_sparse, KIND="sparse", **settings)
+        if g:
+            parts = self.part(self.head_dim), self.part(self.head_dim)
+            self.launch(backward_keys, g, 64, tile, *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
+            for part, target in zip(parts, (grad_key, grad_value), strict=True):
+                self.launch(combine, g, tile, 16, part, part, inputs, target, of_output[1], WEIGHTED=False)
+
+
+# Several copies of this file may be loaded in one process, from checkpoints: each has operators of its own.
+_NAMESPACE = "lsg_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? sparse_key, Tensor? sparse_value, "
+    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, SymInt[] sizes, float dropout"
+)
+_CU_SEQLENS = 8
+
+
+def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query = arguments[0]
+    return _new_token_major(query, arguments), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _new_grads(
+    grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
+) -> list[torch.Tensor]:
+    """For queries, keys, values, and, if there are any, sparse keys and values."""
+    return [_new_token_major(arguments[i], arguments) for i in (0, 1, 2, 4, 5) if arguments[i] is not None]
+
+
+def _new_token_major(like: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
+    batch, heads, tokens, head_dim = like.shape
+    # Between and behind packed rows there may be gaps, which no kernel writes.
+    new = like.new_empty if arguments[_CU_SEQLENS] is None else like.new_zeros
+    return new((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the normalizers; `sizes` are max_seqlen, g, block_size, sparse_block_size and sparsity_factor."""
+    outputs = _new_outputs(*arguments)
+    call = _Call(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        call.forward(*(call.strided(tensor) for tensor in outputs))
+    return outputs
+
+
+def _attention_backward(
+    grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
+) -> list[torch.Tensor]:
+    grads = _new_grads(grad_output, output, normalizer, *arguments)
+    call = _Call(*arguments)
+    states = (output, _token_major(grad_output), normalizer, torch.empty_like(normalizer))
+    with torch.cuda.device_of(output):
+        call.backward([call.strided(state) for state in states], [call.strided(grad) for grad in grads])
+    return grads
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.sizes, ctx.dropout = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx: Any, grad_output: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grads = _attention_backward_operator(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
+    sparse_grads = grads[3:] or [None, None]
+    return (*grads[:3], None, *sparse_grads, *[None] * 6)
+
+
+_attention_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+_attention_backward_operator = torch.library.custom_op(
+    f"{_NAMESPACE}::attention_backward",
+    _attention_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_output, Tensor output, Tensor normalizer, {_ARGUMENTS}) -> Tensor[]",
+)
+_attention_operator.register_fake(_new_outputs)
+_attention_backward_operator.register_fake(_new_grads)
+_attention_operator.register_autograd(_differentiate, setup_context=_save)

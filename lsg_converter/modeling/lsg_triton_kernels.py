@@ -1,0 +1,497 @@
+"""The Triton kernels behind `lsg_triton`: attention of queries to ranges of keys, and its gradients.
+
+What queries see is at most four ranges of keys: the globals, the local blocks, and the sparse keys on the left and on
+the right. A kernel walks through them in one loop, tile by tile; no scores and no gathered windows are ever stored.
+Gradients of queries are gathered by tiles of queries, those of keys by tiles of keys: every number is written once, so
+that results are the same bit by bit from run to run. Where few rows face all tokens (global queries, and the gradients
+of global keys), programs share the tokens in chunks, and `combine` merges their parts.
+
+Softmax is computed with powers of two. A query's normalizer is the logarithm, to base two, of the sum of its
+exponentials; it is infinite where a query has no key, which gives it probabilities of zero.
+"""
+
+from typing import Any, NamedTuple
+
+
+class _Absent:
+    """Stands in for Triton where it is not installed, so that the kernels below can be defined."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, function: Any) -> Any:
+        return function
+
+
+try:
+    import triton  # type: ignore
+    import triton.language as tl  # type: ignore
+except ImportError:
+    triton = tl = _Absent()
+
+is_installed = not isinstance(triton, _Absent)
+
+
+SPARSE_IDENTITY = 2**30  # added to the places of sparse keys, to tell them from tokens in the dropout's hash
+
+
+class Strided(NamedTuple):
+    """A tensor of shape (batch, heads, tokens[, head_dim]) as kernels take it: with its strides."""
+
+    data: Any  # a tensor; in a kernel a pointer
+    batch: int
+    head: int
+    token: int
+
+
+class Keys(NamedTuple):
+    """Keys, values and their mask."""
+
+    key: Strided
+    value: Strided
+    keep: Strided
+
+
+class Inputs(NamedTuple):
+    """What every kernel reads. What is not there is not read, but has an address: that of something else.
+
+    Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. A
+    probability survives the dropout where its 31 random bits reach `threshold`.
+    """
+
+    query: Strided
+    tokens: Keys
+    sparse: Keys
+    length: int
+    sparse_length: int
+    cu_seqlens: Any
+    cu_sparse: Any
+    seed: Any
+    threshold: int
+    survivor_scale: float
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for."""
+
+    head_dim: int
+    padded_head_dim: int
+    heads: int = 0
+    num_global_tokens: int = 0
+    block_size: int = 0
+    sparse_block_size: int = 0
+    sparsity_factor: int = 1
+    scale: float = 1.0
+    scale_log2e: float = 1.0
+    masked: bool = False
+    sparse: bool = False
+    dropout: bool = False
+    packed: bool = False
+    precision: str = "ieee"
+    chunk: int = 0
+    query_tile: int = 0
+    key_tile: int = 0
+
+
+@triton.jit
+def _place(inputs: Inputs, PLAN: tl.constexpr) -> tl.tensor:
+    """The row and the head of this program, its first token and first sparse token, and how many of both there are."""
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, length = row * 0, inputs.length
+    sparse_first, sparse_length = row * 0, inputs.sparse_length
+    if PLAN.packed:
+        first = tl.load(inputs.cu_seqlens + row).to(tl.int64)
+        length = (tl.load(inputs.cu_seqlens + row + 1) - first).to(tl.int32)
+        if PLAN.sparse:
+            sparse_first = tl.load(inputs.cu_sparse + row).to(tl.int64)
+            sparse_length = (tl.load(inputs.cu_sparse + row + 1) - sparse_first).to(tl.int32)
+    return row, head, first, sparse_first, length, sparse_length
+
+
+@triton.jit
+def _base(tensor: Strided, row: tl.tensor, head: tl.tensor, first: tl.tensor) -> tl.tensor:
+    return tensor.data + row * tensor.batch + head * tensor.head + first * tensor.token
+
+
+@triton.jit
+def _load_tile(
+    base: tl.tensor, stride: tl.tensor, start: tl.tensor, end: tl.tensor, SIZE: tl.constexpr, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Tokens `[start, start + SIZE)`, of shape (SIZE, padded_head_dim); zero from `end` on."""
+    rows, columns = tl.arange(0, SIZE), tl.arange(0, PLAN.padded_head_dim)
+    mask = (rows < end - start)[:, None]
+    if PLAN.head_dim < PLAN.padded_head_dim:
+        mask = mask & (columns < PLAN.head_dim)[None, :]
+    pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    tile: tl.tensor, target: Strided, base: tl.tensor, start: tl.tensor, end: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    rows, columns = tl.arange(0, tile.shape[0]), tl.arange(0, PLAN.padded_head_dim)
+    mask = (rows < end - start)[:, None] & (columns < PLAN.head_dim)[None, :]
+    pointers = base + start.to(tl.int64) * target.token + rows[:, None] * target.token + columns[None, :]
+    tl.store(pointers, tile.to(target.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _count(ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """How many tiles of SIZE cover four ranges."""
+    a, a_end, b, b_end, c, c_end, d, d_end = ranges
+    return tl.cdiv(a_end - a, SIZE) + tl.cdiv(b_end - b, SIZE) + tl.cdiv(c_end - c, SIZE) + tl.cdiv(d_end - d, SIZE)
+
+
+@triton.jit
+def _tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """Where a tile of four ranges begins, where its range ends, and the number of the range."""
+    a, a_end, b, b_end, c, c_end, d, d_end = ranges
+    in_b = number - tl.cdiv(a_end - a, SIZE)
+    in_c = in_b - tl.cdiv(b_end - b, SIZE)
+    in_d = in_c - tl.cdiv(c_end - c, SIZE)
+    start = tl.where(in_b < 0, a + number * SIZE, b + in_b * SIZE)
+    start = tl.where(in_c < 0, start, c + in_c * SIZE)
+    start = tl.where(in_d < 0, start, d + in_d * SIZE)
+    end = tl.where(in_c < 0, tl.where(in_b < 0, a_end, b_end), tl.where(in_d < 0, c_end, d_end))
+    return start, end, (in_b >= 0).to(tl.int32) + (in_c >= 0).to(tl.int32) + (in_d >= 0).to(tl.int32)
+
+
+@triton.jit
+def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
+    """The chunk of this program, where its queries begin and end, and the ranges of keys that they see.
+
+    This is where it is said what a query sees; `backward_keys` says the same from the side of the keys. A causal form
+    would cut these ranges, and mask the scores of a block with itself.
+    """
+    G: tl.constexpr = PLAN.num_global_tokens
+    B: tl.constexpr = PLAN.block_size
+    S: tl.constexpr = PLAN.sparse_block_size
+    step: tl.constexpr = B // PLAN.sparsity_factor
+    zero = tl.program_id(0) * 0
+    if GLOBAL:
+        tiles: tl.constexpr = (G + PLAN.query_tile - 1) // PLAN.query_tile
+        chunk = tl.program_id(0) // tiles
+        start = (tl.program_id(0) % tiles) * PLAN.query_tile
+        low = tl.minimum(chunk * PLAN.chunk, length)
+        high = tl.minimum(low + PLAN.chunk, length)
+        return chunk, start, zero + G, (low, high, zero, zero, zero, zero, zero, zero)
+    else:
+        start = tl.program_id(0) * PLAN.query_tile
+        block = start // B
+        low = G + tl.maximum(block - 1, 0) * B
+        high = tl.minimum(G + (block + 2) * B, length)
+        left, left_end, right, right_end = zero, zero, zero, zero
+        if PLAN.sparse:
+            left_end = tl.minimum(tl.maximum(block - 1, 0) * step, sparse_length)
+            left = tl.maximum((block - 1) * step - S, 0)
+            right = tl.minimum((block + 2) * step, sparse_length)
+            right_end = tl.minimum((block + 2) * step + S, sparse_length)
+        return zero, G + start, length, (zero, zero + G, low, high, left, left_end, right, right_end)
+
+
+@triton.jit
+def _key_tile(
+    start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Keys and values of a tile, what is added to their scores, and their identities for the dropout."""
+    row, head, first, sparse_first = place
+    tokens, sparse = inputs.tokens, inputs.sparse
+    key, key_stride = _base(tokens.key, row, head, first), tokens.key.token
+    value, value_stride = _base(tokens.value, row, head, first), tokens.value.token
+    keep = _base(tokens.keep, row, head, first)
+    places = start + tl.arange(0, PLAN.key_tile)
+    kept = places < end
+    read = kept
+    identities = places
+    if PLAN.sparse:
+        # One loop over keys of both kinds, instead of one for each, keeps the loads ahead of the products throughout.
+        key = tl.where(of_sparse, _base(sparse.key, row, head, sparse_first), key)
+        key_stride = tl.where(of_sparse, sparse.key.token, key_stride)
+        value = tl.where(of_sparse, _base(sparse.value, row, head, sparse_first), value)
+        value_stride = tl.where(of_sparse, sparse.value.token, value_stride)
+        keep = tl.where(of_sparse, _base(sparse.keep, row, head, sparse_first), keep)
+        identities = places + tl.where(of_sparse, 1 << 30, 0)  # SPARSE_IDENTITY
+        if not PLAN.masked:
+            read = kept & of_sparse
+    if PLAN.masked or PLAN.sparse:
+        kept = kept & (tl.load(keep + places, mask=read, other=1) != 0)
+    key_tile = _load_tile(key, key_stride, start, end, PLAN.key_tile, PLAN)
+    value_tile = _load_tile(value, value_stride, start, end, PLAN.key_tile, PLAN)
+    return key_tile, value_tile, tl.where(kept, 0.0, float("-inf")), identities
+
+
+@triton.jit
+def _mix(state: tl.tensor, value: tl.tensor) -> tl.tensor:
+    """Hash `value` into `state`, 32 bits each."""
+    bits = (state ^ value) + 0x9E3779B9
+    bits = (bits ^ (bits >> 16)) * 0x45D9F3B
+    bits = (bits ^ (bits >> 16)) * 0x45D9F3B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _query_bits(seed: tl.tensor, row: tl.tensor, head: tl.tensor, queries: tl.tensor, HEADS: tl.constexpr) -> tl.tensor:
+    seed = tl.load(seed)
+    state = _mix(_mix(seed.to(tl.uint32), (seed >> 32).to(tl.uint32)), (row * HEADS + head).to(tl.uint32))
+    return _mix(state, queries.to(tl.uint32))
+
+
+@triton.jit
+def _survives(query_bits: tl.tensor, identities: tl.tensor, threshold: tl.tensor) -> tl.tensor:
+    """Which probabilities the dropout leaves; the shapes of queries and of keys are broadcast."""
+    return (_mix(query_bits, identities.to(tl.uint32) * 0x9E3779B1) >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> None:
+    """The output of a tile of queries: of text, or, if GLOBAL, of globals over one chunk of the tokens."""
+    SIZE: tl.constexpr = PLAN.query_tile
+    D: tl.constexpr = PLAN.padded_head_dim
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
+    chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
+    if (start >= end) | (chunk * PLAN.chunk >= length):
+        return
+
+    q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
+    places = start + tl.arange(0, SIZE)
+    if PLAN.dropout:
+        query_bits = _query_bits(inputs.seed, row, head, places, PLAN.heads)
+    accumulated = tl.zeros((SIZE, D), tl.float32)
+    largest = tl.full((SIZE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIZE,), tl.float32)
+    for number in range(_count(ranges, PLAN.key_tile)):
+        key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
+        k, v, bias, identities = _key_tile(
+            key_start, key_end, part >= 2, inputs, (row, head, first, sparse_first), PLAN
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * PLAN.scale_log2e + bias[None, :]
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        # Without a key so far all is -inf, of which no difference may be taken.
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        probabilities = tl.exp2(scores - reference[:, None])
+        correction = tl.exp2(largest - reference)
+        total = total * correction + tl.sum(probabilities, 1)
+        if PLAN.dropout:
+            survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
+            probabilities = tl.where(survive, probabilities, 0.0)
+        accumulated = accumulated * correction[:, None]
+        accumulated = tl.dot(probabilities.to(v.dtype), v, accumulated, input_precision=PLAN.precision)
+        largest = new_largest
+
+    if PLAN.dropout:
+        accumulated = accumulated * inputs.survivor_scale
+    # A query without a key must weigh nothing when chunks are combined, and have no probabilities in the backward pass.
+    none = float("-inf") if GLOBAL else float("inf")
+    some_total = tl.where(total == 0.0, 1.0, total)
+    normalizers = tl.where(total == 0.0, none, largest + tl.log2(some_total))
+    if GLOBAL:
+        first = chunk.to(tl.int64) * PLAN.num_global_tokens
+    _store_tile(accumulated / some_total[:, None], output, _base(output, row, head, first), start, end, PLAN)
+    tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
+
+
+@triton.jit
+def combine(
+    part: Strided,
+    part_normalizer: Strided,
+    inputs: Inputs,
+    output: Strided,
+    normalizer: Strided,
+    WEIGHTED: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """Merge what the chunks gave for global tokens: the sum, or, if WEIGHTED, the mean by their normalizers."""
+    SIZE: tl.constexpr = PLAN.query_tile
+    D: tl.constexpr = PLAN.padded_head_dim
+    row, head, first, _, length, _ = _place(inputs, PLAN)
+    start = tl.program_id(0) * SIZE
+    end = start * 0 + PLAN.num_global_tokens
+    places = start + tl.arange(0, SIZE)
+    accumulated = tl.zeros((SIZE, D), tl.float32)
+    largest = tl.full((SIZE,), float("-inf"), tl.float32)
+    total = tl.zeros((SIZE,), tl.float32)
+    for chunk in range(tl.cdiv(length, PLAN.chunk)):
+        offset = row * 0 + chunk * PLAN.num_global_tokens
+        tile = _load_tile(_base(part, row, head, offset), part.token, start, end, SIZE, PLAN)
+        if WEIGHTED:
+            pointers = _base(part_normalizer, row, head, offset) + places
+            normalizers = tl.load(pointers, mask=places < end, other=float("-inf"))
+            new_largest = tl.maximum(largest, normalizers)
+            reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+            weight, correction = tl.exp2(normalizers - reference), tl.exp2(largest - reference)
+            accumulated = accumulated * correction[:, None] + tile * weight[:, None]
+            total = total * correction + weight
+            largest = new_largest
+        else:
+            accumulated += tile
+    if WEIGHTED:
+        some_total = tl.where(total == 0.0, 1.0, total)
+        accumulated = accumulated / some_total[:, None]
+        normalizers = tl.where(total == 0.0, float("inf"), largest + tl.log2(some_total))
+        tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
+    _store_tile(accumulated, output, _base(output, row, head, first), start, end, PLAN)
+
+
+@triton.jit
+def backward_queries(
+    inputs: Inputs,
+    output: Strided,
+    grad_output: Strided,
+    normalizer: Strided,
+    delta: Strided,
+    grad_query: Strided,
+    GLOBAL: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The gradient of a tile of queries, cut as in `forward`, and their delta = sum(output * grad_output)."""
+    SIZE: tl.constexpr = PLAN.query_tile
+    D: tl.constexpr = PLAN.padded_head_dim
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
+    chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
+    if (start >= end) | (chunk * PLAN.chunk >= length):
+        return
+
+    q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
+    o = _load_tile(_base(output, row, head, first), output.token, start, end, SIZE, PLAN)
+    do = _load_tile(_base(grad_output, row, head, first), grad_output.token, start, end, SIZE, PLAN)
+    places = start + tl.arange(0, SIZE)
+    inside = places < end
+    normalizers = tl.load(_base(normalizer, row, head, first) + places, mask=inside, other=float("inf"))
+    deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(_base(delta, row, head, first) + places, deltas, mask=inside & (chunk == 0))
+    if PLAN.dropout:
+        query_bits = _query_bits(inputs.seed, row, head, places, PLAN.heads)
+    accumulated = tl.zeros((SIZE, D), tl.float32)
+    for number in range(_count(ranges, PLAN.key_tile)):
+        key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
+        k, v, bias, identities = _key_tile(
+            key_start, key_end, part >= 2, inputs, (row, head, first, sparse_first), PLAN
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * PLAN.scale_log2e + bias[None, :]
+        probabilities = tl.exp2(scores - normalizers[:, None])
+        grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
+        if PLAN.dropout:
+            survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
+            grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
+        grads = probabilities * (grads - deltas[:, None])
+        accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
+    if GLOBAL:
+        first = chunk.to(tl.int64) * PLAN.num_global_tokens
+    _store_tile(accumulated * PLAN.scale, grad_query, _base(grad_query, row, head, first), start, end, PLAN)
+
+
+@triton.jit
+def backward_keys(
+    inputs: Inputs,
+    grad_output: Strided,
+    normalizer: Strided,
+    delta: Strided,
+    grad_key: Strided,
+    grad_value: Strided,
+    KIND: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The gradients of a tile of keys and values: "text", "sparse", or "global" over one chunk of the queries."""
+    SIZE: tl.constexpr = PLAN.key_tile
+    D: tl.constexpr = PLAN.padded_head_dim
+    G: tl.constexpr = PLAN.num_global_tokens
+    B: tl.constexpr = PLAN.block_size
+    S: tl.constexpr = PLAN.sparse_block_size
+    step: tl.constexpr = B // PLAN.sparsity_factor
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
+    zero = tl.program_id(0) * 0
+    chunk = zero
+    start = tl.program_id(0) * SIZE
+    end = length
+    out_first = first
+    if KIND == "text":
+        block = start // B
+        start += G
+        low = G + tl.maximum(block - 1, 0) * B
+        high = tl.minimum(G + (block + 2) * B, length)
+        ranges = (zero, zero + G, low, high, zero, zero, zero, zero)
+    elif KIND == "sparse":
+        end = sparse_length
+        out_first = sparse_first
+        last = tl.minimum(start + SIZE, end) - 1
+        # Sparse key s is on the left of the blocks [s // step + 2, (s + S) // step + 2), and on the right of the
+        # blocks [(s - S) // step - 1, s // step - 1).
+        left_high = tl.minimum(G + ((last + S) // step + 2) * B, length)
+        left_low = tl.minimum(G + (start // step + 2) * B, left_high)
+        right_high = tl.minimum(G + tl.maximum(last // step - 1, 0) * B, length)
+        right_low = tl.minimum(G + tl.maximum(tl.maximum(start - S, 0) // step - 1, 0) * B, right_high)
+        ranges = (zero, zero, left_low, left_high, right_low, right_high, zero, zero)
+    else:
+        tiles: tl.constexpr = (G + SIZE - 1) // SIZE
+        chunk = tl.program_id(0) // tiles
+        start = (tl.program_id(0) % tiles) * SIZE
+        end = zero + G
+        out_first = chunk.to(tl.int64) * G
+        low = tl.minimum(chunk * PLAN.chunk, length)
+        ranges = (low, tl.minimum(low + PLAN.chunk, length), zero, zero, zero, zero, zero, zero)
+    if (start >= end) | (chunk * PLAN.chunk >= length):
+        return
+
+    of_sparse = zero < (1 if KIND == "sparse" else 0)
+    k, v, bias, identities = _key_tile(start, end, of_sparse, inputs, (row, head, first, sparse_first), PLAN)
+    places = start + tl.arange(0, SIZE)
+    key_sum = tl.zeros((SIZE, D), tl.float32)
+    value_sum = tl.zeros((SIZE, D), tl.float32)
+    query_base, grad_base = _base(inputs.query, row, head, first), _base(grad_output, row, head, first)
+    for number in range(_count(ranges, PLAN.query_tile)):
+        query_start, query_end, part = _tile(number, ranges, PLAN.query_tile)
+        q = _load_tile(query_base, inputs.query.token, query_start, query_end, PLAN.query_tile, PLAN)
+        do = _load_tile(grad_base, grad_output.token, query_start, query_end, PLAN.query_tile, PLAN)
+        queries = query_start + tl.arange(0, PLAN.query_tile)
+        inside = queries < query_end
+        normalizers = tl.load(_base(normalizer, row, head, first) + queries, mask=inside, other=float("inf"))
+        deltas = tl.load(_base(delta, row, head, first) + queries, mask=inside, other=0.0)
+        seen = bias
+        if KIND == "sparse" and (step % SIZE or S % step):
+            # The keys of a tile are not all seen by the same blocks.
+            query_block = (query_start - G) // B
+            window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
+            seen = tl.where((places < window_end) & (places >= window_end - S), bias, float("-inf"))
+        scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision) * PLAN.scale_log2e + seen[:, None]
+        probabilities = tl.exp2(scores - normalizers[None, :])
+        grads = tl.dot(v, tl.trans(do), input_precision=PLAN.precision)
+        survivors = probabilities
+        if PLAN.dropout:
+            query_bits = _query_bits(inputs.seed, row, head, queries, PLAN.heads)
+            survive = _survives(query_bits[None, :], identities[:, None], inputs.threshold)
+            survivors = tl.where(survive, probabilities * inputs.survivor_scale, 0.0)
+            grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
+        value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
+        grads = probabilities * (grads - deltas[None, :])
+        key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
+    _store_tile(key_sum * PLAN.scale, grad_key, _base(grad_key, row, head, out_first), start, end, PLAN)
+    _store_tile(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, PLAN)
+
+
+@triton.jit
+def choose(
+    key: Strided,
+    keep: Strided,
+    index: tl.tensor,
+    kept: tl.tensor,
+    length: tl.tensor,
+    per_head: tl.tensor,
+    CHUNK: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    PLAN: tl.constexpr,
+) -> None:
+    """The places of the largest norms of one chunk, in ascending order."""
+    chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    within = tl.arange(0, PADDED)
+    places = chunk * CHUNK + within
+    end = tl.minimum(chunk * CHUNK + CHUNK, length)
+    tile = _load_tile(_base(key, row, head, row * 0), key.token, chunk * CHUNK, end, PADDED, PLAN).to(tl.float32)
+    real = tl.load(_base(keep, row, head, row * 0) + places, mask=places < end, other=0) != 0
+    norm = tl.where(real, tl.sum(tile * tile, 1), tl.where(within < CHUNK, -1.0, -2.0))
+    larger = (norm[None, :] > norm[:, None]) | ((norm[None, :] == norm[:, None]) & (within[None, :] < within[:, None]))
+    chosen = tl.sum(larger.to(tl.int32), 1) < CHOSEN
+    target = (row * tl.num_programs(1) + head) * per_head + chunk * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(index + target, tl.minimum(places, length - 1).to(tl.int64), mask=chosen)
+    tl.store(kept + target, real.to(tl.int8), mask=chosen)

@@ -1,0 +1,440 @@
+"""The fused kernels against plain attention in float64: on a GPU, or, where there is none, in Triton's interpreter.
+
+Triton decides when it is imported whether it interprets. So without a GPU one test runs this file again, in a process
+of its own; and what the compiler makes of the kernels for sm_90 is looked at in the process that does not interpret.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from lsg_converter.modeling import lsg_triton
+from lsg_converter.modeling.lsg_attention import lsg_attention
+from lsg_converter.modeling.lsg_layout import pad_to_multiple
+from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_largest_norm, sparsify
+from lsg_converter.modeling.lsg_triton import (
+    choose_largest_norm,
+    dropout_keep_mask,
+    fused_attention,
+    triton_serves,
+)
+from lsg_converter.modeling.lsg_triton_kernels import SPARSE_IDENTITY
+
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if NATIVE else "cpu")
+
+if INTERPRETED:
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
+        """Triton 3.6 makes integers of arrays of one element, which NumPy 2.4 refuses."""
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def dot(self, a, b, *others, original=interpreter.InterpreterBuilder.create_dot):
+        """It multiplies the bits of bfloat16 as if they were integers."""
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return original(self, a, b, *others)
+
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpreterBuilder.create_dot = dot
+
+runs = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="runs in a process of its own, interpreted")
+HEADS = 2
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that texts of these lengths have several."""
+    monkeypatch.setattr(lsg_triton, "GLOBAL_CHUNK", 64)
+
+
+@pytest.mark.skipif(NATIVE or INTERPRETED, reason="the tests run in this process")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--tb=short", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+
+
+def options(block, sparse, factor, g):
+    return {
+        "num_global_tokens": g,
+        "block_size": block,
+        "sparse_block_size": sparse,
+        "sparsity_factor": factor,
+    }
+
+
+def inputs(t, g, width, dtype=torch.float32, batch=2):
+    """Queries, keys and values, token-major; a row is padded on the right, another on the left, with a hole."""
+    generator = torch.Generator().manual_seed(t + g)
+    states = torch.randn(3, batch, g + t, HEADS, width, generator=generator).to(DEVICE, dtype)
+    keep = torch.ones(batch, g + t, dtype=torch.bool)
+    keep[0, g + (3 * t + 3) // 4 :] = False
+    keep[1:, g : g + t // 4] = False
+    keep[1:, g + t // 2] = False
+    return [x.requires_grad_() for x in states.clone().unbind()], keep.to(DEVICE)
+
+
+def sparse_inputs(t, block, factor, width, keep_heads=HEADS, dtype=torch.float32, batch=2):
+    """Sparse keys, values and mask that have nothing to do with the tokens."""
+    generator = torch.Generator().manual_seed(t)
+    length = -(-t // block) * block // factor
+    states = torch.randn(2, batch, HEADS, length, width, generator=generator).to(DEVICE, dtype)
+    keep = torch.rand(batch, keep_heads, length, generator=generator).to(DEVICE) < 0.8
+    return [x.requires_grad_() for x in states.clone().unbind()], keep
+
+
+def dense(q, k, v, keep, sparse, *, g, block, window, factor, survive=None, dropout=0.0):
+    """The specification as one softmax over all tokens and all sparse keys, under a mask of what each query sees."""
+    total, width = q.shape[2:]
+    i = (torch.arange(total, device=q.device) - g).div(block, rounding_mode="floor")[:, None]
+    j = (torch.arange(total, device=q.device) - g).div(block, rounding_mode="floor")[None]
+    seen = ((i < 0) | (j < 0) | ((i - j).abs() <= 1))[None, None] & keep[:, None, None]
+    if sparse is not None:
+        k, v = torch.cat([k, sparse[0]], dim=2), torch.cat([v, sparse[1]], dim=2)
+        s, step = torch.arange(sparse[0].shape[2], device=q.device)[None], block // factor
+        left = (s >= (i - 1) * step - window) & (s < (i - 1) * step)
+        right = (s >= (i + 2) * step) & (s < (i + 2) * step + window)
+        sides = ((left | right) & (i >= 0))[None, None] & sparse[2][:, :, None]
+        seen = torch.cat([seen.expand(*sides.shape[:3], -1), sides], dim=-1)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(width)).masked_fill(~seen, -1e30)
+    probabilities = scores.softmax(dim=-1).masked_fill(~seen, 0)
+    if survive is not None:
+        probabilities = probabilities * survive.view(*q.shape[:2], *survive.shape[1:]) / (1 - dropout)
+    return probabilities @ v
+
+
+def gradients(output, leaves):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    return torch.autograd.grad((output * weight).sum(), leaves)
+
+
+def close(actual, expected, atol=1e-5):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=atol)
+
+
+def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=0.0, batch=2):
+    states, keep = inputs(t, g, width, batch=batch)
+    sparse, sparse_keep = sparse_inputs(t, block, factor, width, keep_heads, batch=batch) if window else ([], None)
+    leaves = [*states, *sparse]
+    seed = torch.tensor([2**40 + 7], device=DEVICE)
+    tokens = [x.transpose(1, 2) for x in states]
+    parts = (*sparse, sparse_keep) if window else None
+    output = fused_attention(
+        *tokens, keep, parts, **options(block, window, factor, g), dropout=dropout, seed=seed if dropout else None
+    )
+    assert output.shape == tokens[0].shape and output.transpose(1, 2).is_contiguous()
+
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    survive = None
+    if dropout:
+        keys = torch.arange(g + t, device=DEVICE)
+        keys = torch.cat([keys, SPARSE_IDENTITY + torch.arange(sparse[0].shape[2] if window else 0, device=DEVICE)])
+        survive = dropout_keep_mask(seed, batch * HEADS, torch.arange(g + t, device=DEVICE), keys, dropout)
+    expected = dense(
+        *(x.transpose(1, 2) for x in wide[:3]),
+        keep,
+        (*wide[3:], sparse_keep) if window else None,
+        g=g,
+        block=block,
+        window=window,
+        factor=factor,
+        survive=survive,
+        dropout=dropout,
+    )
+    close([output], [expected])
+    close(gradients(output, leaves), gradients(expected, wide))
+
+
+# t, block, sparse block, factor, globals, head_dim
+SHAPES = [
+    (65, 32, 32, 2, 1, 16),
+    (200, 32, 64, 4, 0, 16),
+    (129, 64, 32, 2, 5, 16),
+    (161, 32, 48, 1, 20, 16),
+    (131, 32, 16, 8, 1, 32),
+    (97, 32, 0, 2, 1, 80),
+    (150, 64, 64, 2, 1, 64),
+    (50, 32, 32, 2, 1, 16),
+]
+
+
+@runs
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_plain_attention(shape):
+    against_dense(*shape, keep_heads=1 if shape[4] else HEADS)
+
+
+@runs
+def test_agrees_at_the_default_sizes():
+    against_dense(400, 128, 128, 2, 1, 16, batch=1)
+
+
+@runs
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_agrees_with_eager(kind):
+    t, g, arguments = 101, 2, options(32, 32, 2, 2)
+    states, keep = inputs(t, g, 16)
+    wide = [x.detach().double().requires_grad_() for x in states]
+    query, key, value = (x.transpose(1, 2) for x in states)
+    sparse = None
+    if kind != "none":
+        text = (pad_to_multiple(x[:, :, g:], 32, dim=2) for x in (key, value))
+        text_keep = pad_to_multiple(keep[:, None, g:], 32, dim=2)
+        shape = {"block_size": 32, "sparse_block_size": 32, "sparsity_factor": 2, "sparsity_type": kind}
+        sparse = sparsify(*text, text_keep, query[:, :, g : g + 1], **shape, lsh_num_pre_rounds=1, lsh_seed=0)
+    output = fused_attention(query, key, value, keep, sparse, **arguments)
+    expected, _ = lsg_attention(
+        *(x.transpose(1, 2) for x in wide), keep, **arguments, sparsity_type=kind, kernel="eager"
+    )
+    close([output], [expected])
+    close(gradients(output, states), gradients(expected, wide))
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_near(dtype):
+    states, keep = inputs(100, 1, 32, dtype)
+    wide = [x.detach().double().requires_grad_() for x in states]
+    sparse, sparse_keep = sparse_inputs(100, 32, 2, 32, dtype=dtype)
+    wide_sparse = [x.detach().double().requires_grad_() for x in sparse]
+    output = fused_attention(
+        *(x.transpose(1, 2) for x in states), keep, (*sparse, sparse_keep), **options(32, 32, 2, 1)
+    )
+    expected = dense(
+        *(x.transpose(1, 2) for x in wide), keep, (*wide_sparse, sparse_keep), g=1, block=32, window=32, factor=2
+    )
+    assert output.dtype == dtype
+    tolerance = 16 * torch.finfo(dtype).eps
+    close([output], [expected], tolerance)
+    close(gradients(output, [*states, *sparse]), gradients(expected, [*wide, *wide_sparse]), 2 * tolerance)
+
+
+@runs
+@pytest.mark.parametrize("shape", [(101, 32, 32, 2, 1, 16), (130, 32, 0, 2, 20, 16)], ids=str)
+def test_dropout_agrees_with_its_mask(shape):
+    against_dense(*shape, dropout=0.3)
+
+
+@runs
+def test_dropout_follows_from_the_seed():
+    states, _ = inputs(70, 1, 16, batch=1)
+    tokens = [x.transpose(1, 2) for x in states]
+
+    def run(seed=None):
+        return fused_attention(*tokens, None, None, **options(32, 0, 0, 1), dropout=0.5, seed=seed)
+
+    seeds = [torch.tensor([seed], device=DEVICE) for seed in (1, 1, 2)]
+    first, again, other = (run(seed) for seed in seeds)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(first, states), gradients(again, states), strict=True))
+    torch.manual_seed(5)
+    drawn, next_drawn = run(), run()
+    torch.manual_seed(5)
+    assert torch.equal(drawn, run()) and not torch.equal(drawn, next_drawn)
+
+
+def test_dropout_masks_look_random():
+    places = torch.arange(500)
+    masks = [dropout_keep_mask(torch.tensor([seed]), 2, places, places, 0.1).double() for seed in (0, 1, 2**33)]
+    masks = [mask for pair in masks for mask in pair]
+    for mask in masks:
+        assert abs(mask.mean() - 0.9) < 0.003
+        assert mask.mean(0).std() < 0.02 and mask.mean(1).std() < 0.02
+        assert abs(((mask[1:] - 0.9) * (mask[:-1] - 0.9)).mean()) < 0.002
+        assert abs(((mask[:, 1:] - 0.9) * (mask[:, :-1] - 0.9)).mean()) < 0.002
+    for i in range(len(masks)):
+        for j in range(i):
+            assert abs(((masks[i] - 0.9) * (masks[j] - 0.9)).mean()) < 0.002
+
+
+@runs
+def test_queries_without_keys_give_zeros():
+    states, keep = inputs(70, 1, 16)
+    keep[1] = False
+    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, **options(32, 0, 0, 1))
+    assert not output[1].any() and output.isfinite().all()
+    grads = gradients(output, states)
+    assert all(grad.isfinite().all() and not grad[1].any() for grad in grads)
+
+
+@runs
+def test_packed_rows_agree_with_rows():
+    """Of three blocks and a bit, of less than two blocks (full attention), of exactly four; and a gap at the end."""
+    g, block, window, factor, lengths = 2, 32, 32, 2, (101, 40, 128)
+    rows = [inputs(t, g, 16, batch=1)[0] for t in lengths]
+    sparse = [sparse_inputs(t, block, factor, 16, batch=1) for t in lengths]
+    keeps = [torch.rand(1, g + t, generator=torch.Generator().manual_seed(t)).to(DEVICE) < 0.9 for t in lengths]
+    gap = torch.zeros(1, 3, HEADS, 16, device=DEVICE)
+    states = [torch.cat([row[i].detach() for row in rows] + [gap], dim=1).requires_grad_() for i in range(3)]
+    parts = [torch.cat([pair[0][i].detach() for pair in sparse], dim=2).requires_grad_() for i in range(2)]
+    sparse_keep = torch.cat([pair[1] for pair in sparse], dim=2)
+    keep = torch.cat([*keeps, torch.ones(1, 3, dtype=torch.bool, device=DEVICE)], dim=1)
+    ends = torch.tensor([0, *lengths]).cumsum(0) + g * torch.arange(len(lengths) + 1)
+    output = fused_attention(
+        *(x.transpose(1, 2) for x in states),
+        keep,
+        (*parts, sparse_keep),
+        **options(block, window, factor, g),
+        cu_seqlens=ends.to(DEVICE, torch.int32),
+        max_seqlen=140,
+    )
+    grads = gradients(output, [*states, *parts])
+
+    wide = [x.detach().double().requires_grad_() for x in (*states, *parts)]
+    expected, sparse_start = [], 0
+    for t, start, row_keep, (_, row_sparse_keep) in zip(lengths, ends.tolist(), keeps, sparse, strict=False):
+        count = row_sparse_keep.shape[2]
+        row_parts = [x[:, :, sparse_start : sparse_start + count] for x in wide[3:]]
+        tokens = [x[:, start : start + g + t].transpose(1, 2) for x in wide[:3]]
+        sizes = {"g": g, "block": block, "window": window, "factor": factor}
+        expected.append(dense(*tokens, row_keep, (*row_parts, row_sparse_keep), **sizes))
+        sparse_start += count
+    whole = torch.cat([*expected, gap.transpose(1, 2)], dim=2)
+    close([output], [whole])
+    close(grads, gradients(whole, wide))
+
+
+@runs
+def test_compiles_into_one_graph():
+    states, keep = inputs(70, 1, 16, batch=1)
+    sparse, sparse_keep = sparse_inputs(70, 32, 2, 16, batch=1)
+
+    def attend(query, key, value, sparse_key, sparse_value, dropout):
+        tokens = (x.transpose(1, 2) for x in (query, key, value))
+        sparse = (sparse_key, sparse_value, sparse_keep)
+        return fused_attention(*tokens, keep, sparse, **options(32, 32, 2, 1), dropout=dropout)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    leaves = [*states, *sparse]
+    expected, actual = (call(*leaves, 0.0) for call in (attend, compiled))
+    assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+    assert all(torch.equal(*pair) for pair in zip(*(gradients(x, leaves) for x in (actual, expected)), strict=True))
+    assert compiled(*leaves, 0.5).isfinite().all()
+
+
+@runs
+def test_copies_of_the_file_live_side_by_side():
+    """As when several checkpoints are loaded, or one of them twice."""
+    states, keep = inputs(70, 1, 16, batch=1)
+    tokens = [x.transpose(1, 2) for x in states]
+    outputs = [fused_attention(*tokens, keep, None, **options(32, 0, 0, 1))]
+    modules = []
+    for name in ("copy_one", "copy_two", "copy_one"):
+        spec = importlib.util.spec_from_file_location(f"lsg_converter.modeling.{name}", lsg_triton.__file__)
+        modules.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(modules[-1])
+    outputs += [module.fused_attention(*tokens, keep, None, **options(32, 0, 0, 1)) for module in modules]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert all(gradients(output, states)[0].any() for output in outputs)
+
+
+@runs
+@pytest.mark.parametrize("sizes", [(32, 2, 101), (24, 3, 96), (16, 16, 30)], ids=str)
+def test_largest_norms(sizes):
+    chunk, factor, t = sizes
+    states, keep = inputs(t, 0, 16)
+    key, value = (x.detach().transpose(1, 2) for x in states[:2])
+    key[0, 0, 5] = key[0, 0, 6]  # of equal norms the first is chosen
+    index, kept = choose_largest_norm(key, keep[:, None], chunk, factor)
+    padded = [pad_to_multiple(x, chunk, dim=2) for x in (key, value, keep[:, None])]
+    _, expected, expected_kept = keep_largest_norm(*padded, factor, chunk)
+    assert torch.equal(kept, expected_kept.expand_as(kept))
+    chosen = value.gather(2, index[..., None].expand(-1, -1, -1, value.shape[-1]))
+    assert torch.equal(chosen[kept], expected[kept])
+
+
+@runs
+def test_says_what_it_cannot_do():
+    query = torch.zeros(1, 2, 100, 64, device=DEVICE)
+    good = options(32, 32, 2, 1)
+    assert triton_serves(query, **good) is None
+    assert "head_dim" in triton_serves(query[..., :48], **good)
+    assert "float64" in triton_serves(query.double(), **good)
+    assert "block_size" in triton_serves(query, **{**good, "block_size": 20})
+    assert "global" in triton_serves(query, **{**good, "num_global_tokens": 513})
+
+
+@pytest.mark.skipif(INTERPRETED or NATIVE, reason="asks for a process that compiles, without a GPU")
+def test_needs_a_gpu():
+    assert "CUDA" in triton_serves(torch.zeros(1, 2, 100, 64), **options(32, 32, 2, 1))
+
+
+class Target:
+    """Stands in for the driver of a GPU that is not there."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 99  # so that what is compiled is not taken for a real one's
+
+    def get_current_stream(self, device):
+        return 0
+
+    def is_active(self):
+        return True
+
+
+def compile_all(dtype, width, dropout):
+    """All kernels at the default sizes, compiled for sm_90 by the calls that would launch them."""
+    from triton.runtime.jit import JITFunction
+
+    kernels = []
+
+    def compile_only(self, *arguments, grid, warmup, run=JITFunction.run, **keywords):
+        compiled = run(self, *arguments, grid=grid, warmup=True, **keywords)
+        kind = keywords.get("KIND", "global" if keywords.get("GLOBAL") else "")
+        kernels.append((f"{self.__name__} {kind}".strip(), compiled))
+
+    states, sparse = torch.zeros(3, 2, 1025, 12, width, dtype=dtype), torch.zeros(2, 2, 512, 12, width, dtype=dtype)
+    tokens, parts = (x.transpose(2, 3).unbind() for x in (states, sparse))
+    keep = torch.ones(2, 1025, dtype=torch.bool)
+    arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None)
+    arguments = (*arguments, [1025, 1, 128, 128, 2], dropout)
+    target = mock.patch.object(triton.runtime.driver, "_active", Target())
+    with target, mock.patch.object(JITFunction, "run", compile_only):
+        outputs = lsg_triton._attention(*arguments)
+        lsg_triton._attention_backward(outputs[0], *outputs, *arguments)
+        choose_largest_norm(tokens[0], keep[:, None], 128, 2)
+    return kernels
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(
+    "case", [(torch.bfloat16, 64, 0.0), (torch.bfloat16, 64, 0.1), (torch.float16, 128, 0.1)], ids=str
+)
+def test_compiled_for_sm_90_without_spills(case, tmp_path):
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    kernels = compile_all(*case)
+    assert len({name for name, _ in kernels}) == 9
+    for number, (name, compiled) in enumerate(kernels):
+        code = compiled.asm["ptx"]
+        if name not in ("combine", "choose"):
+            assert "cp.async" in code, name
+            assert ("mma.sync" if "global" in name else "wgmma.mma_async") in code, name
+        path = tmp_path / f"{number}.ptx"
+        path.write_text(code)
+        command = [ptxas, "-v", "-arch=sm_90a", path, "-o", path.with_suffix(".cubin")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        print(name, *re.findall(r"Used \d+ registers|\d+ bytes spill stores", report), compiled.metadata.shared)
+        assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], name
+        assert compiled.metadata.shared < 113 * 1024, name  # so that two fit on a multiprocessor
