@@ -7,23 +7,18 @@ import pytest
 import torch
 
 from lsg_converter.modeling import lsg_attention as module, lsg_cpu
-from lsg_converter.modeling.lsg_attention import KERNELS
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
 
 HEADS, WIDTH = 3, 8
 # block_size, sparse_block_size, sparsity_factor
 SHAPES = [(4, 4, 2), (8, 8, 4), (8, 4, 2), (4, 8, 2), (4, 4, 1), (6, 6, 2), (6, 3, 3), (4, 0, 2), (4, 4, 0), (4, 4, 4)]
-# On a CPU "sdpa" goes block by block. By these names the tests ask for the form for other devices, and for that of
-# CPUs which multiply half precision as fast.
-PORTABLE, NATIVE = "portable", "native"
-FORMS = [*KERNELS, PORTABLE, NATIVE]
+# By this name the tests ask for the "cpu" kernel as it is on CPUs that multiply half precision as fast.
+NATIVE = "native"
+FORMS = ["eager", "cpu", "portable", NATIVE]
 
 
 def lsg_attention(*tensors, kernel="sdpa", **kwargs):
-    if kernel == PORTABLE:
-        with mock.patch.object(module, "cpu_kernel_serves", lambda *_: False):
-            return module.lsg_attention(*tensors, kernel="sdpa", **kwargs)
     if kernel == NATIVE:
         with mock.patch.object(lsg_cpu, "product_dtype", lambda dtype: dtype):
             return module.lsg_attention(*tensors, kernel="sdpa", **kwargs)
@@ -77,7 +72,7 @@ def counts(keep):
     return ~behind[:, None, :, None]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", PORTABLE])
+@pytest.mark.parametrize("kernel", ["cpu", "portable"])
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_agree_with_eager(shape, kind, kernel):
@@ -132,7 +127,7 @@ class Mask:
         return mask
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", PORTABLE])
+@pytest.mark.parametrize("kernel", ["cpu", "portable"])
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_dropout_agrees_with_eager(shape, kind, kernel):
@@ -147,7 +142,7 @@ def test_dropout_agrees_with_eager(shape, kind, kernel):
             with (
                 mock.patch.object(module.F, "dropout", mask.eager),
                 mock.patch.object(lsg_cpu.Attention, "dropout_mask", lambda self, job, mask=mask: mask.cpu(self, job)),
-                mock.patch.dict(KERNELS, sdpa=KERNELS["eager"]),  # torch's own draws cannot be given
+                mock.patch.object(module, "sdpa_kernel", module.eager_kernel),  # torch's own draws cannot be given
             ):
                 output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, 2), dropout=0.25, kernel=name)
                 (output * weight).sum().backward()
@@ -156,7 +151,7 @@ def test_dropout_agrees_with_eager(shape, kind, kernel):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", PORTABLE])
+@pytest.mark.parametrize("kernel", ["cpu", "portable"])
 def test_dropout_is_drawn(kernel):
     """As often as asked, by torch's seed, and alike in both passes."""
     tokens, g, block = 192, 1, 32
@@ -310,7 +305,7 @@ def test_blocks_keep_nothing_that_grows_with_the_windows():
             lsg_attention(*(x.clone().requires_grad_() for x in (q, k, v)), keep, **options, kernel=kernel)
         return sum(sizes.values())
 
-    assert kept("sdpa") < 8 * q.nbytes < kept(PORTABLE)
+    assert kept("sdpa") < 8 * q.nbytes < kept("portable")
 
 
 def test_no_probabilities_from_a_fused_kernel():
@@ -321,7 +316,7 @@ def test_no_probabilities_from_a_fused_kernel():
 
 def test_errors_say_what_is_allowed():
     *tensors, keep = inputs(30)
-    with pytest.raises(ValueError, match=r"kernel: got 'flash'; use one of eager, sdpa"):
+    with pytest.raises(ValueError, match=r"kernel: got 'flash'; use one of eager, sdpa, cpu, portable, triton"):
         lsg_attention(*tensors, keep, kernel="flash")
     with pytest.raises(ValueError, match=r"sparsity_type: got 'best'; use one of none, norm"):
         lsg_attention(*tensors, keep, **arguments((4, 4, 2), "best"))

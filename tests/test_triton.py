@@ -19,7 +19,7 @@ import torch
 from lsg_converter.modeling import lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
 from lsg_converter.modeling.lsg_layout import pad_to_multiple
-from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_largest_norm, sparsify
+from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
     dropout_keep_mask,
@@ -61,6 +61,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(lsg_triton, "GLOBAL_CHUNK", 64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NATIVE or INTERPRETED, reason="the tests run in this process")
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -69,13 +70,8 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
 
-def options(block, sparse, factor, g):
-    return {
-        "num_global_tokens": g,
-        "block_size": block,
-        "sparse_block_size": sparse,
-        "sparsity_factor": factor,
-    }
+def sizes(block, sparse, factor, g):
+    return g, block, sparse, factor
 
 
 def inputs(t, g, width, dtype=torch.float32, batch=2):
@@ -137,7 +133,7 @@ def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=
     tokens = [x.transpose(1, 2) for x in states]
     parts = (*sparse, sparse_keep) if window else None
     output = fused_attention(
-        *tokens, keep, parts, **options(block, window, factor, g), dropout=dropout, seed=seed if dropout else None
+        *tokens, keep, parts, sizes(block, window, factor, g), dropout=dropout, seed=seed if dropout else None
     )
     assert output.shape == tokens[0].shape and output.transpose(1, 2).is_contiguous()
 
@@ -189,20 +185,12 @@ def test_agrees_at_the_default_sizes():
 @runs
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_agrees_with_eager(kind):
-    t, g, arguments = 101, 2, options(32, 32, 2, 2)
+    t, g = 101, 2
+    arguments = {"block_size": 32, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
     states, keep = inputs(t, g, 16)
-    wide = [x.detach().double().requires_grad_() for x in states]
-    query, key, value = (x.transpose(1, 2) for x in states)
-    sparse = None
-    if kind != "none":
-        text = (pad_to_multiple(x[:, :, g:], 32, dim=2) for x in (key, value))
-        text_keep = pad_to_multiple(keep[:, None, g:], 32, dim=2)
-        shape = {"block_size": 32, "sparse_block_size": 32, "sparsity_factor": 2, "sparsity_type": kind}
-        sparse = sparsify(*text, text_keep, query[:, :, g : g + 1], **shape, lsh_num_pre_rounds=1, lsh_seed=0)
-    output = fused_attention(query, key, value, keep, sparse, **arguments)
-    expected, _ = lsg_attention(
-        *(x.transpose(1, 2) for x in wide), keep, **arguments, sparsity_type=kind, kernel="eager"
-    )
+    wide = [x.detach().double() for x in states]
+    output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **arguments, kernel="triton")
+    expected, _ = lsg_attention(*(x.transpose(1, 2) for x in wide), keep, **arguments, kernel="eager")
     close([output], [expected])
     close(gradients(output, states), gradients(expected, wide))
 
@@ -214,9 +202,7 @@ def test_half_precision_is_near(dtype):
     wide = [x.detach().double().requires_grad_() for x in states]
     sparse, sparse_keep = sparse_inputs(100, 32, 2, 32, dtype=dtype)
     wide_sparse = [x.detach().double().requires_grad_() for x in sparse]
-    output = fused_attention(
-        *(x.transpose(1, 2) for x in states), keep, (*sparse, sparse_keep), **options(32, 32, 2, 1)
-    )
+    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, (*sparse, sparse_keep), sizes(32, 32, 2, 1))
     expected = dense(
         *(x.transpose(1, 2) for x in wide), keep, (*wide_sparse, sparse_keep), g=1, block=32, window=32, factor=2
     )
@@ -238,7 +224,7 @@ def test_dropout_follows_from_the_seed():
     tokens = [x.transpose(1, 2) for x in states]
 
     def run(seed=None):
-        return fused_attention(*tokens, None, None, **options(32, 0, 0, 1), dropout=0.5, seed=seed)
+        return fused_attention(*tokens, None, None, sizes(32, 0, 0, 1), dropout=0.5, seed=seed)
 
     seeds = [torch.tensor([seed], device=DEVICE) for seed in (1, 1, 2)]
     first, again, other = (run(seed) for seed in seeds)
@@ -268,7 +254,7 @@ def test_dropout_masks_look_random():
 def test_queries_without_keys_give_zeros():
     states, keep = inputs(70, 1, 16)
     keep[1] = False
-    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, **options(32, 0, 0, 1))
+    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, sizes(32, 0, 0, 1))
     assert not output[1].any() and output.isfinite().all()
     grads = gradients(output, states)
     assert all(grad.isfinite().all() and not grad[1].any() for grad in grads)
@@ -291,7 +277,7 @@ def test_packed_rows_agree_with_rows():
         *(x.transpose(1, 2) for x in states),
         keep,
         (*parts, sparse_keep),
-        **options(block, window, factor, g),
+        sizes(block, window, factor, g),
         cu_seqlens=ends.to(DEVICE, torch.int32),
         max_seqlen=140,
     )
@@ -303,8 +289,8 @@ def test_packed_rows_agree_with_rows():
         count = row_sparse_keep.shape[2]
         row_parts = [x[:, :, sparse_start : sparse_start + count] for x in wide[3:]]
         tokens = [x[:, start : start + g + t].transpose(1, 2) for x in wide[:3]]
-        sizes = {"g": g, "block": block, "window": window, "factor": factor}
-        expected.append(dense(*tokens, row_keep, (*row_parts, row_sparse_keep), **sizes))
+        numbers = {"g": g, "block": block, "window": window, "factor": factor}
+        expected.append(dense(*tokens, row_keep, (*row_parts, row_sparse_keep), **numbers))
         sparse_start += count
     whole = torch.cat([*expected, gap.transpose(1, 2)], dim=2)
     close([output], [whole])
@@ -319,7 +305,7 @@ def test_compiles_into_one_graph():
     def attend(query, key, value, sparse_key, sparse_value, dropout):
         tokens = (x.transpose(1, 2) for x in (query, key, value))
         sparse = (sparse_key, sparse_value, sparse_keep)
-        return fused_attention(*tokens, keep, sparse, **options(32, 32, 2, 1), dropout=dropout)
+        return fused_attention(*tokens, keep, sparse, sizes(32, 32, 2, 1), dropout=dropout)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     leaves = [*states, *sparse]
@@ -334,21 +320,21 @@ def test_copies_of_the_file_live_side_by_side():
     """As when several checkpoints are loaded, or one of them twice."""
     states, keep = inputs(70, 1, 16, batch=1)
     tokens = [x.transpose(1, 2) for x in states]
-    outputs = [fused_attention(*tokens, keep, None, **options(32, 0, 0, 1))]
+    outputs = [fused_attention(*tokens, keep, None, sizes(32, 0, 0, 1))]
     modules = []
     for name in ("copy_one", "copy_two", "copy_one"):
         spec = importlib.util.spec_from_file_location(f"lsg_converter.modeling.{name}", lsg_triton.__file__)
         modules.append(importlib.util.module_from_spec(spec))
         spec.loader.exec_module(modules[-1])
-    outputs += [module.fused_attention(*tokens, keep, None, **options(32, 0, 0, 1)) for module in modules]
+    outputs += [module.fused_attention(*tokens, keep, None, sizes(32, 0, 0, 1)) for module in modules]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert all(gradients(output, states)[0].any() for output in outputs)
 
 
 @runs
-@pytest.mark.parametrize("sizes", [(32, 2, 101), (24, 3, 96), (16, 16, 30)], ids=str)
-def test_largest_norms(sizes):
-    chunk, factor, t = sizes
+@pytest.mark.parametrize("shape", [(32, 2, 101), (24, 3, 96), (16, 16, 30)], ids=str)
+def test_largest_norms(shape):
+    chunk, factor, t = shape
     states, keep = inputs(t, 0, 16)
     key, value = (x.detach().transpose(1, 2) for x in states[:2])
     key[0, 0, 5] = key[0, 0, 6]  # of equal norms the first is chosen
@@ -363,17 +349,18 @@ def test_largest_norms(sizes):
 @runs
 def test_says_what_it_cannot_do():
     query = torch.zeros(1, 2, 100, 64, device=DEVICE)
-    good = options(32, 32, 2, 1)
-    assert triton_serves(query, **good) is None
-    assert "head_dim" in triton_serves(query[..., :48], **good)
-    assert "float64" in triton_serves(query.double(), **good)
-    assert "block_size" in triton_serves(query, **{**good, "block_size": 20})
-    assert "global" in triton_serves(query, **{**good, "num_global_tokens": 513})
+    assert triton_serves(query, sizes(32, 32, 2, 1)) is None
+    assert "head_dim" in triton_serves(query[..., :48], sizes(32, 32, 2, 1))
+    assert "float64" in triton_serves(query.double(), sizes(32, 32, 2, 1))
+    assert "block_size" in triton_serves(query, sizes(20, 32, 2, 1))
+    assert "global" in triton_serves(query, sizes(32, 32, 2, 513))
+    with pytest.raises(ValueError, match="kernel: got 'triton', and it takes float32, bfloat16 and float16"):
+        lsg_attention(*[query.double()] * 3, torch.ones(1, 100, dtype=torch.bool), kernel="triton")
 
 
 @pytest.mark.skipif(INTERPRETED or NATIVE, reason="asks for a process that compiles, without a GPU")
 def test_needs_a_gpu():
-    assert "CUDA" in triton_serves(torch.zeros(1, 2, 100, 64), **options(32, 32, 2, 1))
+    assert "CUDA" in triton_serves(torch.zeros(1, 2, 100, 64), sizes(32, 32, 2, 1))
 
 
 class Target:

@@ -10,11 +10,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import Sequence, Window, local_window, pad_to_multiple, sparse_windows, take_windows
 from .lsg_sparsity import Sparse, sparsify
+from .lsg_triton import fused_attention, triton_serves
 
+
+logger = logging.get_logger(__name__)
 
 Probabilities = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,9 +46,8 @@ def lsg_attention(
         query, key, value: shape (batch, heads, g + t, head_dim): `g = num_global_tokens` globals, then `t` text tokens.
         keep: boolean, shape (batch, g + t): True where a token may be attended to.
         dropout: the probability with which a probability is dropped.
-        kernel: "eager", which is the plain reference and also returns its probabilities, or "sdpa", the fastest that
-            runs here: on a CPU row by row and block by block (`lsg_cpu`); elsewhere, and in an exported model, torch's
-            fused attention on all blocks at once.
+        kernel: "eager", which is the plain reference and also returns its probabilities; "sdpa", which takes what
+            `choose_kernel` says; or one of these by its name.
         row_lengths: where a batch of one holds rows end to end, how many tokens each has, the globals included; with
             the kernel for CPUs alone.
 
@@ -66,16 +69,14 @@ def lsg_attention(
             f"key and value must have the shape of query, {tuple(query.shape)}, and keep {(batch, length)}; "
             f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(keep.shape)}"
         )
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join(KERNELS)}")
-    on_cpu = kernel == "sdpa" and cpu_kernel_serves(query)
-    if row_lengths is not None and not (on_cpu and batch == 1 and sum(row_lengths) == length):
+    g, sizes = num_global_tokens, (num_global_tokens, block_size, sparse_block_size, sparsity_factor)
+    kernel = choose_kernel(query, kernel, sizes)
+    if row_lengths is not None and not (kernel == "cpu" and batch == 1 and sum(row_lengths) == length):
         raise ValueError(
-            f"row_lengths: got {row_lengths} for {kernel!r} on {query.device} and query of shape {tuple(query.shape)}; "
-            "they go with 'sdpa' on a CPU and a batch of one, and add up to its tokens"
+            f"row_lengths: got {row_lengths} for the {kernel!r} kernel and query of shape {tuple(query.shape)}; they "
+            "go with 'cpu' and a batch of one, and add up to its tokens"
         )
-    attend = KERNELS[kernel]
-    g = num_global_tokens
+    attend = eager_kernel if kernel == "eager" else sdpa_kernel
 
     if row_lengths is None and length - g <= 2 * block_size:
         output, probabilities = attend(query, key, value, keep[:, None, None], dropout)
@@ -93,9 +94,10 @@ def lsg_attention(
         sparsity_type=sparsity_type,
         lsh_num_pre_rounds=lsh_num_pre_rounds,
         lsh_seed=lsh_seed,
+        fused=kernel == "triton",
     )
     tokens = query, key, value, keep[:, None]
-    if on_cpu:
+    if kernel == "cpu":
         rows = (
             [tokens] if row_lengths is None else list(zip(*(x.split(row_lengths, dim=2) for x in tokens), strict=True))
         )
@@ -103,15 +105,16 @@ def lsg_attention(
         shortened = [shorten(*(whole_blocks(x) for x in row)) for row in long]
         each = [sparse for sparse in shortened if sparse is not None]
         joined = [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)]
-        sizes = g, block_size, sparse_block_size, sparsity_factor
         return cpu_attention(query, key, value, keep, joined, row_lengths, sizes, dropout), None
 
     text_query, text_key, text_value, text_keep = map(whole_blocks, tokens)
+    sparse = shorten(text_query, text_key, text_value, text_keep)
+    if kernel == "triton":
+        return fused_attention(query, key, value, keep, sparse, sizes, dropout), None
     sequences = [
         Sequence(key[:, :, :g], value[:, :, :g], keep[:, None, :g], (Window(offset=0, size=g, step=0),)),
         Sequence(text_key, text_value, text_keep, (local_window(block_size),)),
     ]
-    sparse = shorten(text_query, text_key, text_value, text_keep)
     if sparse is not None:
         sequences.append(Sequence(*sparse, sparse_windows(block_size, sparse_block_size, sparsity_factor)))
     output, probabilities = all_at_once(text_query, sequences, block_size, dropout, attend)
@@ -122,6 +125,36 @@ def lsg_attention(
     if probabilities is None or global_probabilities is None:
         return output, None
     return output, (probabilities[:, :, : length - g], global_probabilities)
+
+
+def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, int]) -> str:
+    """Which kernel computes the attention of texts of more than two blocks, if `kernel` is asked for.
+
+    "sdpa" leaves the choice: "cpu" (`lsg_cpu`) on a CPU, row by row and block by block; else, and in an exported
+    model, "portable", which is torch's fused attention on all blocks at once. By its name, "triton" (`lsg_triton`) is
+    taken on a GPU: its kernels agree with "eager" in Triton's interpreter, and have not been timed.
+
+    Args:
+        query: as `lsg_attention` takes it.
+        sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
+
+    Raises:
+        ValueError: where `kernel` is unknown, or cannot run here.
+    """
+    if kernel not in (*KERNELS, *CHOICES):
+        raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join((*KERNELS, *CHOICES))}")
+    reason = None
+    if kernel == "sdpa":
+        kernel = "cpu" if cpu_kernel_serves(query) else "portable"
+    elif kernel == "cpu" and not cpu_kernel_serves(query):
+        reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
+    elif kernel == "triton":
+        reason = triton_serves(query, sizes)
+    if reason is not None:
+        raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open with 'sdpa'")
+    if not torch.compiler.is_compiling():
+        logger.info_once(f"LSG attention: the {kernel!r} kernel, on {query.device.type}")
+    return kernel
 
 
 def all_at_once(
@@ -168,7 +201,6 @@ def sdpa_kernel(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
 
 
-KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
-    "eager": eager_kernel,
-    "sdpa": sdpa_kernel,
-}
+# What `attn_implementation` may be, and what "sdpa" may stand for.
+KERNELS = ("eager", "sdpa")
+CHOICES = ("cpu", "portable", "triton")

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import strict
 from transformers.utils import logging
 
-from .lsg_attention import KERNELS, lsg_attention
+from .lsg_attention import CHOICES, KERNELS, lsg_attention
 from .lsg_cpu import cpu_kernel_serves
 from .lsg_sparsity import SPARSITY_TYPES
 
@@ -45,6 +45,8 @@ class LSGConfig:
         lsh_num_pre_rounds: rounds of merging before the last one, for "lsh".
         lsh_seed: seed of the rotations of "lsh".
         adaptive: whether a text whose length is not a multiple of the block is padded to one.
+        attention_kernel: the kernel by its name, "cpu", "portable" or "triton"; None leaves the choice open. It has no
+            say with `attn_implementation="eager"`.
     """
 
     num_global_tokens: int = 1
@@ -57,6 +59,7 @@ class LSGConfig:
     lsh_num_pre_rounds: int = 1
     lsh_seed: int = 0
     adaptive: bool = True
+    attention_kernel: str | None = None
 
     # Whether `is_decoder` may be set, which Transformers does where a sequence-to-sequence model is only its decoder.
     may_be_decoder: ClassVar[bool] = False
@@ -93,6 +96,8 @@ class LSGConfig:
         require("sparse_block_size", sparse >= 0, "at least 0, which means no sparse keys")
         require("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
         require("sparsity_type", kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
+        kernel = self.attention_kernel
+        require("attention_kernel", kernel in (None, *CHOICES), f"one of {', '.join(CHOICES)}, or none")
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
             "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
@@ -124,7 +129,13 @@ class LSGConfig:
             "lsh_num_pre_rounds",
             "lsh_seed",
         )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"kernel": self.kernel}
+
+    @property
+    def kernel(self) -> str:
+        """The kernel as `lsg_attention` takes it."""
+        kernel = self._attn_implementation  # type: ignore[attr-defined]
+        return kernel if kernel == "eager" or self.attention_kernel is None else self.attention_kernel
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
@@ -216,7 +227,6 @@ class LSGSelfAttention:
             attention_mask[:, 0, 0],
             **self.config.attention_arguments,
             dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
-            kernel=self.config._attn_implementation,
             row_lengths=row_lengths,
         )
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
@@ -246,7 +256,7 @@ def cut_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
 def find_row_lengths(attention_mask: torch.Tensor, kernel: str) -> list[int] | None:
     """How many tokens each row of a batch has up to its last real one, the globals included; None where all rows have
     as many, or where the kernel cannot do with the real tokens alone. `attention_mask` is (batch, 1, 1, g + t)."""
-    if kernel != "sdpa" or torch.compiler.is_compiling() or not cpu_kernel_serves(attention_mask):
+    if kernel not in ("sdpa", "cpu") or torch.compiler.is_compiling() or not cpu_kernel_serves(attention_mask):
         return None
     keep = attention_mask[:, 0, 0]
     lengths = (keep * torch.arange(1, keep.shape[1] + 1)).amax(dim=1).clamp(min=1).tolist()
@@ -325,7 +335,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if tokens is not None:
             self.check_input(tokens, kwargs)
             mask = kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
-            row_lengths, length = find_row_lengths(mask, self.config._attn_implementation), mask.shape[-1]
+            row_lengths, length = find_row_lengths(mask, self.config.kernel), mask.shape[-1]
             if row_lengths is not None:
                 kwargs["row_lengths"] = row_lengths
             self.put_in(kwargs)

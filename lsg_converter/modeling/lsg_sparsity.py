@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from .lsg_triton import LARGEST_CHUNK, choose_largest_norm
+
 
 SPARSITY_TYPES = ("none", "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh")
 
@@ -28,11 +30,12 @@ def sparsify(
     sparsity_type: str | None,
     lsh_num_pre_rounds: int,
     lsh_seed: int,
+    fused: bool = False,
 ) -> Sparse | None:
     """Shorten keys, values and mask by `sparsity_factor` (shapes above); None where there are to be no sparse keys.
 
-    `bos_pooling` weighs by the first of the queries, which have the shape of the keys. Raises ValueError where
-    `sparsity_type` is unknown.
+    `bos_pooling` weighs by the first of the queries, which have the shape of the keys. `fused` asks for Triton's
+    kernels where there are some. Raises ValueError where `sparsity_type` is unknown.
     """
     chunk_size = min(block_size, sparse_block_size)
     if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
@@ -40,6 +43,8 @@ def sparsify(
     if sparsity_factor == 1:
         return key, value, keep
     if sparsity_type == "norm":
+        if fused and chunk_size <= LARGEST_CHUNK and not torch.compiler.is_compiling():
+            return _take(key, value, keep, choose_largest_norm(key.detach(), keep, chunk_size, sparsity_factor)[0])
         return keep_largest_norm(key, value, keep, sparsity_factor, chunk_size)
     if sparsity_type == "pooling":
         return pool_mean(key, value, keep, sparsity_factor)

@@ -64,10 +64,9 @@ def choose_largest_norm(
     return index, kept
 
 
-def triton_serves(
-    query: torch.Tensor, *, num_global_tokens: int, block_size: int, sparse_block_size: int, sparsity_factor: int
-) -> str | None:
+def triton_serves(query: torch.Tensor, sizes: tuple[int, int, int, int]) -> str | None:
     """Why `fused_attention` cannot do what is asked, or None where it can."""
+    num_global_tokens, block_size, sparse_block_size, sparsity_factor = sizes
     if not is_installed:
         return "Triton is not installed"
     if query.device.type != "cuda" and not _interpreted():
@@ -93,12 +92,9 @@ def fused_attention(
     value: torch.Tensor,
     keep: torch.Tensor | None,
     sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    *,
-    num_global_tokens: int,
-    block_size: int,
-    sparse_block_size: int,
-    sparsity_factor: int,
+    sizes: tuple[int, int, int, int],
     dropout: float = 0.0,
+    *,
     seed: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
@@ -112,6 +108,7 @@ def fused_attention(
         keep: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
         sparse: the sparse keys, values and their mask, which is boolean, of shapes (batch, heads, s, head_dim) and
             (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None.
+        sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
         dropout: the probability with which a probability is dropped.
         seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
         cu_seqlens: int32, shape (rows + 1,), on the device, for packed rows: `batch` is 1, and row `r`, its globals
@@ -123,6 +120,7 @@ def fused_attention(
     Returns:
         The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key.
     """
+    num_global_tokens, block_size, sparse_block_size, sparsity_factor = sizes
     if dropout > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     if not (sparse_block_size and sparsity_factor):
@@ -135,14 +133,8 @@ def fused_attention(
         cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
     sparse_key, sparse_value, sparse_keep = sparse if sparse is not None else (None, None, None)
     states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
-    sizes = [
-        query.shape[2] if max_seqlen is None else max_seqlen,
-        num_global_tokens,
-        block_size,
-        sparse_block_size,
-        sparsity_factor,
-    ]
-    return _attention_operator(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, sizes, dropout)[0]
+    numbers = [query.shape[2] if max_seqlen is None else max_seqlen, *sizes]
+    return _attention_operator(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, numbers, dropout)[0]
 
 
 def dropout_keep_mask(
