@@ -37,6 +37,16 @@ def test_every_model_is_measured(tmp_path, capsys):
     assert figures == ({"cost_forward.png", "cost_training.png"} if has_matplotlib() else set())
 
 
+def test_some_models_on_a_batch_with_short_texts(tmp_path, capsys):
+    flags = ["--lengths", "320", "--models", "full", "--short_texts", "2", "--modes", "forward"]
+    assert benchmark.main([*TINY, *flags, "--output", str(tmp_path), "--figures", str(tmp_path)]) == 0
+    table = (tmp_path / "results.md").read_text()
+    assert "batch of 1 and 2 of 300 tokens" in table and "LSG" not in table.split("##")[1]
+    measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    assert [item["model"] for item in measured] == ["floor", "full"]
+    assert benchmark.Bench(320, benchmark.parse([*TINY, *flags])).mask.sum(1).tolist() == [320, 300, 300]
+
+
 def has_matplotlib():
     try:
         import matplotlib  # noqa: F401
@@ -81,7 +91,16 @@ def test_the_floor_mixes_no_tokens_and_trains_every_projection():
 
 @pytest.mark.parametrize(
     "flags",
-    ["--lengths 0", "--lengths many", "--dropout 1", "--size huge", "--width 33", "--repeats -1", "--device gpu"],
+    [
+        "--lengths 0",
+        "--lengths many",
+        "--dropout 1",
+        "--size huge",
+        "--width 33",
+        "--repeats -1",
+        "--device gpu",
+        "--models bert",
+    ],
 )
 def test_a_wrong_call_is_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:

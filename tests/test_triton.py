@@ -65,7 +65,7 @@ def small_chunks(monkeypatch):
 @pytest.mark.skipif(NATIVE or INTERPRETED, reason="the tests run in this process")
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--tb=short", __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
@@ -188,7 +188,7 @@ def test_agrees_with_eager(kind):
     t, g = 101, 2
     arguments = {"block_size": 32, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
     states, keep = inputs(t, g, 16)
-    wide = [x.detach().double() for x in states]
+    wide = [x.detach().double().requires_grad_() for x in states]
     output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **arguments, kernel="triton")
     expected, _ = lsg_attention(*(x.transpose(1, 2) for x in wide), keep, **arguments, kernel="eager")
     close([output], [expected])

@@ -40,6 +40,7 @@ LENGTHS = {"base": [512, 1024, 2048, 4096, 8192, 16384], "small": [512, 1024, 20
 LAYERS = {"base": 12, "small": 2}
 MODES = {"forward": "forward pass", "training": "training step"}
 VOCABULARY = 1000
+SHORT = 300  # tokens of each of the short texts
 BIGBIRD_BLOCK, BIGBIRD_RANDOM = 64, 3
 BIGBIRD_FULL = (5 + 2 * BIGBIRD_RANDOM) * BIGBIRD_BLOCK  # up to which it replaces its attention by full attention
 BIGBIRD = (
@@ -167,8 +168,10 @@ class Bench:
         self.models: dict[str, PreTrainedModel] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         torch.manual_seed(0)
-        self.tokens = torch.randint(3, VOCABULARY, (options.batch, length), device=options.device)
+        rows = options.batch + options.short_texts
+        self.tokens = torch.randint(3, VOCABULARY, (rows, length), device=options.device)
         self.mask = torch.ones_like(self.tokens)
+        self.mask[options.batch :, SHORT:] = 0
 
     def model(self, contender: Contender) -> PreTrainedModel:
         if contender.family not in self.models:
@@ -276,9 +279,10 @@ def attempt(measurement: Measurement, run: Callable[..., Any], *arguments: Any) 
 
 def measure(bench: Bench, mode: str, progress: Any) -> list[Measurement]:
     """All models in turn, round by round."""
-    results = [Measurement(mode, bench.length, contender.name) for contender in CONTENDERS]
+    contenders = [contender for contender in CONTENDERS if contender.name in bench.options.models]
+    results = [Measurement(mode, bench.length, contender.name) for contender in contenders]
     for turn in range(bench.options.repeats + 1):
-        for contender, result in zip(CONTENDERS, results, strict=True):
+        for contender, result in zip(contenders, results, strict=True):
             progress.set_description(f"{mode}, {bench.length} tokens, {contender.name}")
             if result.reason is None and turn == 0:
                 result.peak_bytes = attempt(result, first_step, bench, contender, mode)
@@ -321,16 +325,17 @@ def machine(device: str) -> dict[str, Any]:
 def setting(options: argparse.Namespace, host: dict[str, Any]) -> str:
     """What the tables and figures were measured on, in one line."""
     where = host["device"] + (f", {host['threads']} threads" if options.device == "cpu" else "")
-    return f"{options.layers} layers of width {options.width}, batch of {options.batch}, {options.dtype}, {where}"
+    batch = f"batch of {options.batch}" + f" and {options.short_texts} of {SHORT} tokens" * bool(options.short_texts)
+    return f"{options.layers} layers of width {options.width}, {batch}, {options.dtype}, {where}"
 
 
 def table(title: str, results: list[Measurement], cell: Callable[[Measurement], str]) -> str:
     """A Markdown table, rows models and columns lengths."""
     lengths = sorted({result.length for result in results})
     rows = [["", *(f"{length:,}" for length in lengths)], ["---", *["---:"] * len(lengths)]]
-    for contender in CONTENDERS:
-        own = {result.length: result for result in results if result.model == contender.name}
-        rows.append([contender.name, *("-" if own[n].reason else cell(own[n]) for n in lengths)])
+    for name in dict.fromkeys(result.model for result in results):
+        own = {result.length: result for result in results if result.model == name}
+        rows.append([name, *("-" if own[n].reason else cell(own[n]) for n in lengths)])
     return f"{title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -346,7 +351,7 @@ def write(folder: Path, options: argparse.Namespace, results: list[Measurement])
         medians = {f"median_{name}": median(getattr(result, name) or [math.nan]) for name in ("seconds", "ratios")}
         measured.append(vars(result) | {name: None if math.isnan(value) else value for name, value in medians.items()})
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    models = {contender.name: contender.meaning for contender in CONTENDERS}
+    models = {contender.name: contender.meaning for contender in CONTENDERS if contender.name in options.models}
     content = {"machine": host, "arguments": arguments, "models": models, "measurements": measured}
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     text = [
@@ -417,10 +422,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a whole number, at least 1")
+def whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a whole number, at least {least}")
     return int(text)
+
+
+def positive(text: str) -> int:
+    return whole(text, least=1)
 
 
 def probability(text: str) -> float:
@@ -438,6 +447,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--width", type=positive, default=768, help=argparse.SUPPRESS)
     add("--lengths", type=positive, nargs="+", help="in tokens; 512 to 16384, or with --size small to 4096")
     add("--batch", type=positive, default=1, help="texts in a batch (default: %(default)s)")
+    add("--short_texts", type=whole, default=0, help=f"texts of {SHORT} tokens in the batch beside them")
+    names = [contender.name for contender in CONTENDERS]
+    add("--models", choices=names, nargs="+", default=names, help="the floor is always among them", metavar="MODEL")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and states")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--modes", choices=MODES, nargs="+", default=list(MODES), help="what to measure")
@@ -449,6 +461,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.layers = options.layers or LAYERS[options.size]
     options.lengths = sorted(set(options.lengths or LENGTHS[options.size]))
     options.modes = list(dict.fromkeys(options.modes))
+    options.models = [name for name in names if name == FLOOR or name in options.models]
+    if options.short_texts and min(options.lengths) < SHORT:
+        parser.error(f"--short_texts: got lengths from {min(options.lengths)} on; they must be at least {SHORT}")
     if options.width % 2 or options.width % max(options.width // 64, 1):
         parser.error(f"--width: got {options.width}; it must be even, and from 128 on a multiple of 64")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -463,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     get_context("forkserver").set_forkserver_preload([model.__module__ for model in (LSGRobertaModel, *stock)])
     options.output.mkdir(parents=True, exist_ok=True)
     results: list[Measurement] = []
-    steps = len(options.lengths) * len(options.modes) * len(CONTENDERS) * (options.repeats + 1)
+    steps = len(options.lengths) * len(options.modes) * len(options.models) * (options.repeats + 1)
     code = 0
     try:
         with tqdm(total=steps) as progress:

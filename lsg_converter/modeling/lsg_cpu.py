@@ -1,8 +1,8 @@
 """LSG attention on a CPU: row by row and block by block, so that what a block sees stays in the cache.
 
-A row takes part with its real tokens alone: those up to the last one that is not masked. The scores of a block are
-computed where its keys lie, in one reused buffer, and again in the backward pass: nothing that grows with the windows
-is kept. Equal to the kernels of `lsg_attention` to rounding.
+A row takes part with its real tokens alone: those up to the last one that is not masked. What a block sees is brought
+together when it is its turn, in memory that the next block uses again, and once more in the backward pass: nothing
+that grows with the windows is kept. Equal to the kernels of `lsg_attention` to rounding.
 """
 
 import hashlib

@@ -134,12 +134,22 @@ def cluster_by_lsh(
             shape = (key.shape[1], 1, key.shape[-1], (buckets + 1) // 2)
             projected = clusters[..., : key.shape[-1]] @ _random_normal(shape, seed + round_, key.device).to(dtype)
             bucket = torch.cat([projected, -projected], dim=-1)[..., :buckets].argmax(dim=-1)
-            assignment = bucket[..., None] == torch.arange(buckets, device=key.device)
-        # A product with the assignment is deterministic on every device; a scattered sum is not.
-        clusters = assignment.to(dtype).transpose(-1, -2) @ clusters
+        clusters = _sum_by_bucket(clusters, bucket, buckets)
     key_sum, value_sum, count = clusters.flatten(2, 3).split([key.shape[-1], value.shape[-1], 1], dim=-1)
     divisor = count.clamp(min=1)
     return (key_sum / divisor).to(key.dtype), (value_sum / divisor).to(value.dtype), count.squeeze(-1) > 0.5
+
+
+def _sum_by_bucket(clusters: torch.Tensor, bucket: torch.Tensor, buckets: int) -> torch.Tensor:
+    """(..., clusters, numbers) to (..., buckets, numbers), where `bucket`, (..., clusters), says which goes where."""
+    if clusters.device.type != "cpu":
+        # A product with the assignment is deterministic on every device; a scattered sum is so on a CPU alone.
+        assignment = bucket[..., None] == torch.arange(buckets, device=bucket.device)
+        return assignment.to(clusters.dtype).transpose(-1, -2) @ clusters
+    chunks = bucket.shape[:-1].numel()
+    rows = bucket.flatten(0, -2) + buckets * torch.arange(chunks)[:, None]
+    sums = clusters.new_zeros(chunks * buckets, clusters.shape[-1])
+    return sums.index_add(0, rows.flatten(), clusters.flatten(0, -2)).view(*bucket.shape[:-1], buckets, -1)
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
