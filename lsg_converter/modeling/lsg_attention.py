@@ -53,11 +53,10 @@ def lsg_attention(
 
     Returns:
         The output, of the shape of `query`; it is zero where a query has no key, and means nothing behind the last
-        token of a row that is kept. With "eager" also the probabilities,
-        before dropout: those of the text queries and those of the global queries, of shapes (batch, heads, t, keys) and
-        (batch, heads, g, g + t). The keys of a text query in block `i` are the globals, the text blocks `i - 1`, `i`,
-        `i + 1`, the `S` sparse keys on the left and the `S` on the right; for `t <= 2 * block_size` they are all
-        `g + t` keys.
+        token of a row that is kept. With "eager" also the probabilities, before dropout: those of the text queries and
+        those of the global queries, of shapes (batch, heads, t, keys) and (batch, heads, g, g + t). The keys of a text
+        query in block `i` are the globals, the text blocks `i - 1`, `i`, `i + 1`, the `S` sparse keys on the left and
+        the `S` on the right; for `t <= 2 * block_size` they are all `g + t` keys.
 
     Raises:
         ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, or the kernel has no rows end
@@ -102,13 +101,13 @@ def lsg_attention(
             [tokens] if row_lengths is None else list(zip(*(x.split(row_lengths, dim=2) for x in tokens), strict=True))
         )
         long = [row for row in rows if row[0].shape[2] - g > 2 * block_size]
-        shortened = [shorten(*(whole_blocks(x) for x in row)) for row in long]
+        shortened = [shorten(row[0][:, :, g:], *(whole_blocks(x) for x in row[1:])) for row in long]
         each = [sparse for sparse in shortened if sparse is not None]
         joined = [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)]
         return cpu_attention(query, key, value, keep, joined, row_lengths, sizes, dropout), None
 
-    text_query, text_key, text_value, text_keep = map(whole_blocks, tokens)
-    sparse = shorten(text_query, text_key, text_value, text_keep)
+    text_key, text_value, text_keep = map(whole_blocks, tokens[1:])
+    sparse = shorten(query[:, :, g:], text_key, text_value, text_keep)
     if kernel == "triton":
         return fused_attention(query, key, value, keep, sparse, sizes, dropout), None
     sequences = [
@@ -117,7 +116,7 @@ def lsg_attention(
     ]
     if sparse is not None:
         sequences.append(Sequence(*sparse, sparse_windows(block_size, sparse_block_size, sparsity_factor)))
-    output, probabilities = all_at_once(text_query, sequences, block_size, dropout, attend)
+    output, probabilities = all_at_once(whole_blocks(query), sequences, block_size, dropout, attend)
     output = output[:, :, : length - g]
 
     global_output, global_probabilities = attend(query[:, :, :g], key, value, keep[:, None, None], dropout)

@@ -34,7 +34,7 @@ def sparsify(
 ) -> Sparse | None:
     """Shorten keys, values and mask by `sparsity_factor` (shapes above); None where there are to be no sparse keys.
 
-    `bos_pooling` weighs by the first of the queries, which have the shape of the keys. `fused` asks for Triton's
+    `bos_pooling` weighs by the first of the queries; the others are not read. `fused` asks for Triton's
     kernels where there are some. Raises ValueError where `sparsity_type` is unknown.
     """
     chunk_size = min(block_size, sparse_block_size)
