@@ -5,21 +5,20 @@ together when it is its turn, in memory that the next block uses again, and once
 that grows with the windows is kept. Equal to the kernels of `lsg_attention` to rounding.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .lsg_layout import local_window, sparse_windows
+from .lsg_layout import Window, local_window, operator_namespace, sparse_windows
 
 
-# Several checkpoints, each with its own copy of this file, may be loaded in one process: each has its own operators.
-NAMESPACE = f"lsg_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
 TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `Attention`
-MAX_SCORES = 2**18  # for each head at a time, unless a block of text sees more: 1 MiB in float32
+MAX_SCORES = 2**18  # of a head at a time, unless a block of text sees more
+THREAD_SCORES = 2**19  # of several heads at a time, for each thread: 2 MiB in float32 stay in most caches
 
 
 def cpu_kernel_serves(query: torch.Tensor) -> bool:
@@ -72,27 +71,19 @@ class Part(NamedTuple):
     stop: int
 
 
-class Job(NamedTuple):
+class Job:
     """Queries, a part of the tokens, and the keys that all of them see; `masked` where some are hidden."""
 
-    start: int
-    stop: int
-    keys: list[Part]
-    masked: bool
-
-    @property
-    def num_keys(self) -> int:
-        return sum(part.stop - part.start for part in self.keys)
-
-    @property
-    def num_columns(self) -> int:
-        """Keys that are brought together are padded, since products of odd sizes are slower."""
-        return self.num_keys if len(self.keys) == 1 else -(-self.num_keys // 16) * 16
+    def __init__(self, start: int, stop: int, keys: list[Part], masked: bool) -> None:
+        self.start, self.stop, self.keys, self.masked = start, stop, keys, masked
+        self.sizes = [part.stop - part.start for part in keys]
+        self.num_keys = sum(self.sizes)
+        # Keys that are brought together are padded, since products of odd sizes are slower.
+        self.num_columns = self.num_keys if len(keys) == 1 else -(-self.num_keys // 16) * 16
 
     def split(self, seen: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
         """The columns of each part, and those of the padding."""
-        sizes = [part.stop - part.start for part in self.keys]
-        return seen.split([*sizes, self.num_columns - self.num_keys], dim)
+        return seen.split([*self.sizes, self.num_columns - self.num_keys], dim)
 
 
 def list_jobs(
@@ -119,12 +110,23 @@ def list_jobs(
         masked = masked or not bool(sparse_keep[:, sparse_start:sparse_stop].all())
         for i, query in enumerate(range(text, stop, block)):
             keys = [Part(TOKENS, start, text)] if g else []
-            for window, low, high in ((local, text, stop), *((side, sparse_start, sparse_stop) for side in sides)):
-                offset = low + window.offset + i * window.step
-                part = Part(TOKENS if window is local else SPARSE, max(offset, low), min(offset + window.size, high))
-                if part.start < part.stop:
-                    keys.append(part)
+            keys += window_parts(TOKENS, local, i, text, stop)
+            for side in sides:
+                keys += window_parts(SPARSE, side, i, sparse_start, sparse_stop)
             yield Job(query, min(query + block, stop), keys, masked)
+
+
+def window_parts(tensor: int, window: Window, block: int, start: int, stop: int) -> list[Part]:
+    """What a block sees, through a window, of the tokens from `start` to `stop`: in pieces, each of which keeps its
+    place among them while the window moves on."""
+    pieces = window.size // window.step if window.size % window.step == 0 and window.size <= 4 * window.step else 1
+    size = window.size // pieces
+    first = window.offset + block * window.step
+    offsets = [first + piece * size for piece in range(pieces)]
+    if pieces > 1:
+        offsets.sort(key=lambda offset: offset // size % pieces)
+    parts = (Part(tensor, max(start + offset, start), min(start + offset + size, stop)) for offset in offsets)
+    return [part for part in parts if part.start < part.stop]
 
 
 def real_length(keep: torch.Tensor) -> int:
@@ -135,30 +137,50 @@ def real_length(keep: torch.Tensor) -> int:
     return int(places[-1]) + 1 if len(places) else 0
 
 
+class Draws:
+    """Random bits for the dropout of all jobs and heads, 16 for each probability.
+
+    Those of a job and head are the bits at a random place of one pool, xor those at a random place of another: as
+    random as the pools are, two by two, for a small part of the time that drawing them would take.
+    """
+
+    def __init__(self, seed: int, dropout: float, jobs: Sequence[Job], heads: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        most = max(-(-(job.stop - job.start) * job.num_columns // 4) for job in jobs)
+        self.pools = torch.empty(2, 2 * most, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        self.places = torch.randint(most + 1, (len(jobs), heads, 2), generator=generator).tolist()
+        dropped = round(dropout * 2**16)
+        self.last_dropped = dropped - 2**15 - 1  # of the numbers of 16 bits
+        self.keep_scale = 1 / max(1 - dropped / 2**16, 2**-16)  # by the share that is kept
+
+    def fill(self, bits: torch.Tensor, job: int, head: int) -> None:
+        """Fill an int64 tensor, of one dimension, for the job and head with these numbers."""
+        parts = (pool[at : at + len(bits)] for pool, at in zip(self.pools, self.places[job][head], strict=True))
+        torch.bitwise_xor(*parts, out=bits)
+
+
 class Attention:
-    """The jobs of one call. `tensors` are query, key, value, sparse key and sparse value, (tokens, heads, head_dim)."""
+    """The jobs of a call, for some of its heads. `tensors` are query, key, value, sparse key and sparse value of these
+    heads, (heads, tokens, head_dim)."""
 
     def __init__(
         self,
+        first_head: int,
         tensors: Sequence[torch.Tensor],
         keep: torch.Tensor,
         sparse_keep: torch.Tensor,
-        seed: torch.Tensor,
-        lengths: Sequence[int],
-        sizes: Sequence[int],
-        dropout: float,
+        jobs: Sequence[Job],
+        draws: "Draws | None",
     ) -> None:
-        self.tensors = [tensor.transpose(0, 1) for tensor in tensors]
+        self.tensors, self.jobs, self.first_head = tensors, jobs, first_head
         self.keep = {TOKENS: keep[None], SPARSE: sparse_keep}
-        self.jobs = list(list_jobs(keep, sparse_keep, lengths, *sizes))
         self.dtype = product_dtype(tensors[0].dtype)
-        _, self.heads, self.head_dim = tensors[0].shape
+        self.heads, _, self.head_dim = tensors[0].shape
         self.scale = self.head_dim**-0.5
-        # A draw has 16 bits; what is kept is scaled by the share that they keep.
-        self.threshold = round(dropout * 2**16)
-        self.keep_scale = 1 / max(1 - self.threshold / 2**16, 2**-16)
-        self.generator = torch.Generator().manual_seed(int(seed))
+        self.draws = draws
+        self.keep_scale = 1.0 if draws is None else draws.keep_scale
         self.buffers: dict[str, torch.Tensor] = {}
+        self.gathered: dict[str, Job] = {}
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Room that jobs use one after the other: fresh memory costs more than what is computed in it."""
@@ -170,24 +192,35 @@ class Attention:
     def scores(self, name: str, job: Job) -> torch.Tensor:
         return self.buffer(name, self.heads, job.stop - job.start, job.num_columns)
 
-    def rows(self, tensor: torch.Tensor, job: Job, scale: float) -> torch.Tensor:
+    def product(self, name: str, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        out = self.buffer(name, self.heads, left.shape[1], right.shape[2])
+        return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
+
+    def rows(self, tensor: torch.Tensor, job: Job) -> torch.Tensor:
         """What belongs to the queries, of a tensor (heads, tokens, head_dim)."""
-        return tensor[:, job.start : job.stop].to(self.dtype) * scale
+        return tensor[:, job.start : job.stop].to(self.dtype)
 
     def gather(self, name: str, job: Job, offset: int = 0) -> torch.Tensor:
         """The keys that the queries see, or with an offset of 1 the values: (heads, columns, head_dim)."""
-        parts = [self.tensors[part.tensor + offset][:, part.start : part.stop] for part in job.keys]
-        if len(parts) == 1:
-            return parts[0].to(self.dtype)
+        if len(job.keys) == 1:
+            part = job.keys[0]
+            return self.tensors[part.tensor + offset][:, part.start : part.stop].to(self.dtype)
         seen = self.buffer(name, self.heads, job.num_columns, self.head_dim)
-        for columns, part in zip(job.split(seen, dim=1), parts, strict=False):
-            columns.copy_(part)
-        seen[:, job.num_keys :] = 0
+        *columns, padding = job.split(seen, dim=1)
+        # What the last job has brought to the same columns is there.
+        last = self.gathered.get(name)
+        present: Sequence[Part | None] = last.keys if last is not None and last.sizes == job.sizes else []
+        if not present:
+            padding.zero_()
+        for target, part, there in zip_longest(columns, job.keys, present):
+            if part != there:
+                target.copy_(self.tensors[part.tensor + offset][:, part.start : part.stop])
+        self.gathered[name] = job
         return seen
 
     def probabilities(self, job: Job, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Before dropout: shape (heads, queries, columns)."""
-        scores = torch.bmm(query, key.transpose(1, 2), out=self.scores("probabilities", job))
+        scores = self.product("probabilities", query, key.transpose(1, 2), self.scale)
         if not job.masked:
             scores[:, :, job.num_keys :] = -torch.inf
             return torch.softmax(scores, -1, out=scores)
@@ -196,57 +229,46 @@ class Attention:
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
         return torch.softmax(scores, -1, out=scores).masked_fill_(hidden, 0)
 
-    def dropout_mask(self, job: Job) -> torch.Tensor | None:
-        """One where a probability is kept, zero elsewhere. The jobs draw in turn, in both passes alike."""
-        if not self.threshold:
+    def dropout_mask(self, number: int) -> torch.Tensor | None:
+        """One where a probability is kept, zero elsewhere: of the job with that number, in both passes the same."""
+        if self.draws is None:
             return None
-        mask = self.scores("mask", job)
-        draws = self.buffer("draws", -(-mask.numel() // 4), dtype=torch.int64)
-        draws.random_(-(2**63), None, generator=self.generator)
-        mask.view(-1).copy_(draws.view(torch.int16)[: mask.numel()])
-        return mask.ge_(self.threshold - 2**15)
+        mask = self.scores("mask", self.jobs[number])
+        bits = self.buffer("bits", -(-mask[0].numel() // 4), dtype=torch.int64)
+        for head, own in enumerate(mask.flatten(1)):
+            self.draws.fill(bits, number, self.first_head + head)
+            torch.gt(bits.view(torch.int16)[: len(own)], self.draws.last_dropped, out=own)
+        return mask
 
-    def forward(self) -> torch.Tensor:
-        output = torch.zeros_like(self.tensors[0], memory_format=torch.preserve_format)
-        for job in self.jobs:
-            query = self.rows(self.tensors[0], job, self.scale)
-            probabilities = self.probabilities(job, query, self.gather("seen", job))
-            mask = self.dropout_mask(job)
+    def forward(self, output: torch.Tensor) -> None:
+        """Write the output, (heads, tokens, head_dim)."""
+        for number, job in enumerate(self.jobs):
+            probabilities = self.probabilities(job, self.rows(self.tensors[0], job), self.gather("key", job))
+            mask = self.dropout_mask(number)
             if mask is not None:
                 probabilities.mul_(mask)
-            attended = torch.bmm(probabilities, self.gather("seen", job, 1))
-            output[:, job.start : job.stop] = attended if mask is None else attended.mul_(self.keep_scale)
-        return output.transpose(0, 1)
+            value = self.gather("value", job, 1)
+            output[:, job.start : job.stop] = self.product("attended", probabilities, value, self.keep_scale)
 
-    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
-        """The gradients of the tensors."""
-        # A key's gradient is a sum over blocks, which half precision would round each time.
-        wide = torch.promote_types(self.dtype, torch.float32)
-        grads = [torch.zeros_like(x, dtype=wide, memory_format=torch.preserve_format) for x in self.tensors]
-        for job in self.jobs:
-            query, key, value = (
-                self.rows(self.tensors[0], job, self.scale),
-                self.gather("key", job),
-                self.gather("value", job, 1),
-            )
-            grad_rows = self.rows(grad.transpose(0, 1), job, self.keep_scale if self.threshold else 1)
-            probabilities, mask = self.probabilities(job, query, key), self.dropout_mask(job)
-            grad_scores = torch.bmm(grad_rows, value.transpose(1, 2), out=self.scores("grad", job))
+    def backward(self, grad: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
+        """Add the gradients of the tensors to `grads`; `grad` is that of the output."""
+        for number, job in enumerate(self.jobs):
+            query, key, value = self.rows(self.tensors[0], job), self.gather("key", job), self.gather("value", job, 1)
+            grad_rows = self.rows(grad, job)
+            probabilities, mask = self.probabilities(job, query, key), self.dropout_mask(number)
+            grad_scores = self.product("grad", grad_rows, value.transpose(1, 2), self.keep_scale)
             used = probabilities
             if mask is not None:
                 grad_scores.mul_(mask)
                 used = torch.mul(probabilities, mask, out=mask)
-            grad_value = torch.bmm(used.transpose(1, 2), grad_rows, out=self.buffer("seen", *value.shape))
-            self.scatter(grads, job, grad_value, 1)
+            self.scatter(grads, job, self.product("seen", used.transpose(1, 2), grad_rows, self.keep_scale), 1)
             torch.ops.aten._softmax_backward_data.out(
                 grad_scores, probabilities, -1, self.dtype, grad_input=grad_scores
             )
-            grad_key = torch.bmm(grad_scores.transpose(1, 2), query, out=self.buffer("seen", *key.shape))
-            self.scatter(grads, job, grad_key)
-            grads[0][:, job.start : job.stop] = torch.bmm(grad_scores, key).mul_(self.scale)
-        return [grad.transpose(0, 1).to(self.tensors[0].dtype) for grad in grads]
+            self.scatter(grads, job, self.product("seen", grad_scores.transpose(1, 2), query, self.scale))
+            grads[0][:, job.start : job.stop] = self.product("attended", grad_scores, key, self.scale)
 
-    def scatter(self, grads: list[torch.Tensor], job: Job, seen: torch.Tensor, offset: int = 0) -> None:
+    def scatter(self, grads: Sequence[torch.Tensor], job: Job, seen: torch.Tensor, offset: int = 0) -> None:
         """Add the gradients of what `gather` gave to those of where it came from."""
         for part, columns in zip(job.keys, job.split(seen, dim=1), strict=False):
             grads[part.tensor + offset][:, part.start : part.stop] += columns
@@ -261,43 +283,45 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype not in fast or fast[dtype]() else torch.float32
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sparse_key: torch.Tensor,
-    sparse_value: torch.Tensor,
-    keep: torch.Tensor,
-    sparse_keep: torch.Tensor,
-    seed: torch.Tensor,
-    lengths: Sequence[int],
-    sizes: Sequence[int],
-    dropout: float,
-) -> torch.Tensor:
-    tensors = query, key, value, sparse_key, sparse_value
-    with torch.autocast("cpu", enabled=False):
-        return Attention(tensors, keep, sparse_keep, seed, lengths, sizes, dropout).forward()
+def split_heads(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[Attention, list[torch.Tensor]]]:
+    """The work of a call of `attention`, whose inputs these are, for as many heads at a time as caches can do with, and
+    the part of `others`, (tokens, heads, head_dim), that is theirs, (heads, tokens, head_dim)."""
+    *tensors, keep, sparse_keep, seed, lengths, sizes, dropout = inputs
+    jobs = list(list_jobs(keep, sparse_keep, lengths, *sizes))
+    scores = max(((job.stop - job.start) * job.num_columns for job in jobs), default=1)
+    heads = tensors[0].shape[1]
+    draws = Draws(int(seed), dropout, jobs, heads) if round(dropout * 2**16) and jobs else None
+    groups = -(-heads // max(torch.get_num_threads() * THREAD_SCORES // scores, 1))
+    for group in torch.arange(heads).tensor_split(groups):
+        own = slice(int(group[0]), int(group[-1]) + 1)
+        masks = sparse_keep if len(sparse_keep) == 1 else sparse_keep[own]
+        states, theirs = ([x[:, own].transpose(0, 1) for x in parts] for parts in (tensors, others))
+        yield Attention(own.start, states, keep, masks, jobs, draws), theirs
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
-def attention_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sparse_key: torch.Tensor,
-    sparse_value: torch.Tensor,
-    keep: torch.Tensor,
-    sparse_keep: torch.Tensor,
-    seed: torch.Tensor,
-    lengths: Sequence[int],
-    sizes: Sequence[int],
-    dropout: float,
-) -> list[torch.Tensor]:
-    tensors = query, key, value, sparse_key, sparse_value
+_NAMESPACE = operator_namespace(__name__)
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor sparse_key, Tensor sparse_value, Tensor keep, Tensor sparse_keep, "
+    "Tensor seed, SymInt[] lengths, SymInt[] sizes, float dropout"
+)
+
+
+def _attention(*inputs: Any) -> torch.Tensor:
+    output = torch.zeros_like(inputs[0])
     with torch.autocast("cpu", enabled=False):
-        return Attention(tensors, keep, sparse_keep, seed, lengths, sizes, dropout).backward(grad)
+        for part, theirs in split_heads([output], *inputs):
+            part.forward(*theirs)
+    return output
+
+
+def _attention_backward(grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
+    # A key's gradient is a sum over blocks, which half precision would round each time.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grads = [torch.zeros_like(tensor, dtype=wide) for tensor in inputs[:5]]
+    with torch.autocast("cpu", enabled=False):
+        for part, (own, *totals) in split_heads([grad, *grads], *inputs):
+            part.backward(own, totals)
+    return [total.to(grad.dtype) for total in grads]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -310,6 +334,15 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *grads, None, None, None, None, None, None
 
 
+attention = torch.library.custom_op(
+    f"{_NAMESPACE}::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+attention_backward = torch.library.custom_op(
+    f"{_NAMESPACE}::attention_backward",
+    _attention_backward,
+    mutates_args=(),
+    schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
+)
 attention.register_fake(lambda query, *_: torch.empty_like(query))
 attention_backward.register_fake(lambda grad, *inputs: [torch.empty_like(tensor) for tensor in inputs[:5]])
 attention.register_autograd(_backward, setup_context=_save)

@@ -5,10 +5,17 @@ A text of `t` tokens is cut into blocks of `B`. The queries of block `i` see the
 window begins and the `S` keys that begin where it ends.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+def operator_namespace(module: str) -> str:
+    """Where the operators of a module belong. Several checkpoints, each with its own copy of these files, may be loaded
+    in one process: each has its own operators."""
+    return f"lsg_{hashlib.sha256(module.encode()).hexdigest()[:16]}"
 
 
 class Window(NamedTuple):

@@ -44,7 +44,7 @@ def sparsify(
         return key, value, keep
     if sparsity_type == "norm":
         if fused and chunk_size <= LARGEST_CHUNK and not torch.compiler.is_compiling():
-            return _take(key, value, keep, choose_largest_norm(key.detach(), keep, chunk_size, sparsity_factor)[0])
+            return _take(key, value, keep, choose_largest_norm(key.detach(), keep, chunk_size, sparsity_factor))
         return keep_largest_norm(key, value, keep, sparsity_factor, chunk_size)
     if sparsity_type == "pooling":
         return pool_mean(key, value, keep, sparsity_factor)
@@ -65,7 +65,8 @@ def keep_largest_norm(
     """In each chunk keep the `1 / factor` of the tokens with the largest key norm, in their order."""
     with torch.no_grad():
         # In float32: half precision would rank other keys first. Masked tokens come last.
-        norm = torch.linalg.vector_norm(key, dim=-1, dtype=_at_least_float32(key))
+        # Of (batch, tokens, heads, head_dim), as the projections lay keys down.
+        norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_at_least_float32(key)).transpose(1, 2)
         norm = norm.masked_fill(~keep, -1).unflatten(-1, (-1, chunk_size))
         index = norm.topk(chunk_size // factor, dim=-1, sorted=False).indices.sort(dim=-1).values
         starts = torch.arange(0, key.shape[2], chunk_size, device=key.device)

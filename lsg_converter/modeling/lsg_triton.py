@@ -1,11 +1,11 @@
 """LSG attention on a GPU, fused: forward and backward, with dropout, packed rows, and as operators that compile."""
 
-import hashlib
 import math
 from typing import Any
 
 import torch
 
+from .lsg_layout import operator_namespace
 from .lsg_triton_kernels import (
     Inputs,
     Keys,
@@ -25,43 +25,33 @@ GLOBAL_CHUNK = 512  # tokens per program where global rows face all tokens; fixe
 LARGEST_CHUNK = 256  # beyond this `choose_largest_norm` no longer pays
 
 
-def choose_largest_norm(
-    key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int, padded_length: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_largest_norm(key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int) -> torch.Tensor:
     """The `1 / factor` of the keys of each chunk with the largest norm; of equal ones the first, masked ones last.
 
     Args:
-        key: shape (batch, heads, t, head_dim).
+        key: shape (batch, heads, t, head_dim), `t` a multiple of `chunk_size`.
         keep: boolean, shape (batch, 1, t).
         chunk_size: at most `LARGEST_CHUNK`.
-        padded_length: to which multiple of `chunk_size` the text is thought to be padded; by default the next one.
 
     Returns:
-        Places in the text, ascending in each chunk, and whether they are kept: (batch, heads, padded_length / factor),
-        int64 and boolean. What is chosen of the padding is not kept, and has the place of the last token.
+        Places in the text, ascending: (batch, heads, t / factor), int64.
     """
     batch, heads, length, head_dim = key.shape
-    chunks = -(-(padded_length or length) // chunk_size)
-    per_head = chunks * (chunk_size // factor)
-    index = torch.empty(batch, heads, per_head, dtype=torch.int64, device=key.device)
-    kept = torch.empty(batch, heads, per_head, dtype=torch.bool, device=key.device)
+    index = torch.empty(batch, heads, length // factor, dtype=torch.int64, device=key.device)
     key, mask = _token_major(key), keep.contiguous().view(torch.uint8)
     plan = Plan(head_dim, triton.next_power_of_2(head_dim))
     with torch.cuda.device_of(key):
-        choose[(chunks, heads, batch)](
+        choose[(length // chunk_size, heads, batch)](
             Strided(key, *key.stride()[:3]),
             Strided(mask, mask.stride(0), 0, 1),
             index,
-            kept.view(torch.uint8),
-            length,
-            per_head,
             chunk_size,
             triton.next_power_of_2(chunk_size),
             chunk_size // factor,
             plan,
             num_warps=4 if chunk_size <= 128 else 8,
         )
-    return index, kept
+    return index
 
 
 def triton_serves(query: torch.Tensor, sizes: tuple[int, int, int, int]) -> str | None:
@@ -318,8 +308,7 @@ class _Call:
                 self.launch(combine, g, tile, 16, part, part, inputs, target, of_output[1], WEIGHTED=False)
 
 
-# Several copies of this file may be loaded in one process, from checkpoints: each has operators of its own.
-_NAMESPACE = "lsg_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
+_NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? sparse_key, Tensor? sparse_value, "
     "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, SymInt[] sizes, float dropout"

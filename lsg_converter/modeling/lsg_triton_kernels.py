@@ -474,9 +474,6 @@ def choose(
     key: Strided,
     keep: Strided,
     index: tl.tensor,
-    kept: tl.tensor,
-    length: tl.tensor,
-    per_head: tl.tensor,
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
@@ -486,12 +483,12 @@ def choose(
     chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     within = tl.arange(0, PADDED)
     places = chunk * CHUNK + within
-    end = tl.minimum(chunk * CHUNK + CHUNK, length)
+    end = chunk * CHUNK + CHUNK
     tile = _load_tile(_base(key, row, head, row * 0), key.token, chunk * CHUNK, end, PADDED, PLAN).to(tl.float32)
     real = tl.load(_base(keep, row, head, row * 0) + places, mask=places < end, other=0) != 0
     norm = tl.where(real, tl.sum(tile * tile, 1), tl.where(within < CHUNK, -1.0, -2.0))
     larger = (norm[None, :] > norm[:, None]) | ((norm[None, :] == norm[:, None]) & (within[None, :] < within[:, None]))
     chosen = tl.sum(larger.to(tl.int32), 1) < CHOSEN
-    target = (row * tl.num_programs(1) + head) * per_head + chunk * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(index + target, tl.minimum(places, length - 1).to(tl.int64), mask=chosen)
-    tl.store(kept + target, real.to(tl.int8), mask=chosen)
+    of_head = (row * tl.num_programs(1) + head) * tl.num_programs(0) + chunk
+    target = of_head * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(index + target, places.to(tl.int64), mask=chosen)
