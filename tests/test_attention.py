@@ -10,6 +10,7 @@ from lsg_converter.modeling import lsg_attention as module, lsg_cpu
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
 
+pytestmark = pytest.mark.newest
 HEADS, WIDTH = 3, 8
 # block_size, sparse_block_size, sparsity_factor
 SHAPES = [(4, 4, 2), (8, 8, 4), (8, 4, 2), (4, 8, 2), (4, 4, 1), (6, 6, 2), (6, 3, 3), (4, 0, 2), (4, 4, 0), (4, 4, 4)]

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments" / "efficiency"))
 import benchmark
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.newest
 TINY = ["--width", "32", "--layers", "2", "--lengths", "64", "100", "--repeats", "1"]
 NAMES = ["floor", "LSG 256/0", "LSG 128/128", "LSG 32/32", "full", "Longformer", "BigBird", "ModernBERT"]
 

@@ -209,23 +209,19 @@ def test_labels_a_cross_encoder_and_the_licence_travel(source, tmp_path):
     assert (tmp_path / "lsg" / "LICENSE").read_text() == "Do as you like."
 
 
-@pytest.mark.parametrize(
-    ("family", "architecture"),
-    [
-        ("bert", "BertForMultipleChoice"),
-        ("bert", "BertForQuestionAnswering"),
-        ("roberta", "RobertaModel"),
-        ("bart", "BartForConditionalGeneration"),
-        ("pegasus", "PegasusModel"),
-    ],
-)
-def test_the_cards_code_runs(tmp_path, family, architecture):
-    source = ROOT / "tests" / "golden" / family / "source"
-    target = tmp_path / "lsg (é) 漢.v1"
-    assert run_command(source, target, "--architecture", architecture, "--quiet", "--no_verify") == 0
-    (code,) = re.findall(r"```python\n(.*?)```", (target / "README.md").read_text(), re.DOTALL)
-    check = "\nfirst = outputs if hasattr(outputs, 'isfinite') else outputs[0]\nassert first.isfinite().all()"
-    result = run_code(code + check, tmp_path)
+def test_the_cards_code_runs(tmp_path):
+    architectures = {
+        "BertForMultipleChoice": "bert", "BertForQuestionAnswering": "bert", "RobertaModel": "roberta",
+        "BartForConditionalGeneration": "bart", "PegasusModel": "pegasus",
+    }  # fmt: skip
+    whole = ""
+    for architecture, family in architectures.items():
+        source, target = ROOT / "tests" / "golden" / family / "source", tmp_path / f"lsg (é) 漢.v1 {architecture}"
+        assert run_command(source, target, "--architecture", architecture, "--quiet", "--no_verify") == 0
+        (code,) = re.findall(r"```python\n(.*?)```", (target / "README.md").read_text(), re.DOTALL)
+        check = "first = outputs if hasattr(outputs, 'isfinite') else outputs[0]\nassert first.isfinite().all()"
+        whole += f"{code}\n{check}\n"
+    result = run_code(whole, tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -319,10 +315,10 @@ def large(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.newest
 def test_memory(large):
     """A conversion needs little more than the size of its source, which is read as it lies on disk."""
-    config = BertConfig(vocab_size=210_000, hidden_size=1024, num_hidden_layers=24, intermediate_size=4096)
+    config = BertConfig(vocab_size=210_000, hidden_size=1024, num_hidden_layers=8, intermediate_size=4096)
     config.num_attention_heads = 16
     with torch.device("meta"):
         shapes = BertForMaskedLM(config).state_dict()
@@ -357,6 +353,6 @@ def test_memory(large):
         assert result.returncode == 0, result.stderr
         return int(result.stdout)
 
-    assert size > 2e9
+    assert size > 1.2e9
     assert peak("--dry_run") < 0.1 * size
     assert peak() < 1.3 * size

@@ -1,8 +1,12 @@
 """What the comparison with the specification cannot show of the sparsifiers."""
 
+import pytest
 import torch
 
 from lsg_converter.modeling.lsg_sparsity import cluster_by_lsh, keep_largest_norm, sparsify
+
+
+pytestmark = pytest.mark.newest
 
 
 def lsh(key, value, keep, rounds=1, seed=0):
