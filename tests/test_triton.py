@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lsg_converter.modeling import lsg_triton
+from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_largest_norm
 from lsg_converter.modeling.lsg_triton import (
@@ -343,6 +343,26 @@ def test_largest_norms(shape):
     assert torch.equal(kept, expected_kept.expand_as(kept))
     chosen = value.gather(2, index[..., None].expand(-1, -1, -1, value.shape[-1]))
     assert torch.equal(chosen[kept], expected[kept])
+
+
+@runs
+def test_it_is_the_choice_where_a_trial_agrees(monkeypatch):
+    monkeypatch.setattr(attention, "cpu_kernel_serves", lambda query: False)
+    query = torch.zeros(1, 2, 100, 16, device=DEVICE, requires_grad=True)
+
+    def choose(dropout=0.0):
+        attention.try_triton.cache_clear()
+        return attention.choose_kernel(query, "sdpa", sizes(32, 32, 2, 1), dropout)
+
+    state = (torch.cuda if NATIVE else torch).get_rng_state()
+    with torch.inference_mode():
+        assert choose(0.1) == "triton"
+    assert torch.equal((torch.cuda if NATIVE else torch).get_rng_state(), state)
+    with mock.patch.object(attention, "fused_attention", side_effect=RuntimeError("out of room")):
+        assert choose() == "portable"
+    assert choose() == "triton"
+    with mock.patch.object(attention, "fused_attention", lambda query, *others: query):
+        assert choose() == "portable"
 
 
 @runs

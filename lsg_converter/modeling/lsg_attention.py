@@ -6,7 +6,8 @@ gets ordinary full attention.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def lsg_attention(
             f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(keep.shape)}"
         )
     g, sizes = num_global_tokens, (num_global_tokens, block_size, sparse_block_size, sparsity_factor)
-    kernel = choose_kernel(query, kernel, sizes)
+    kernel = choose_kernel(query, kernel, sizes, dropout)
     if row_lengths is not None and not (kernel == "cpu" and batch == 1 and sum(row_lengths) == length):
         raise ValueError(
             f"row_lengths: got {row_lengths} for the {kernel!r} kernel and query of shape {tuple(query.shape)}; they "
@@ -126,15 +127,15 @@ def lsg_attention(
     return output, (probabilities[:, :, : length - g], global_probabilities)
 
 
-def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, int]) -> str:
+def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, int], dropout: float = 0.0) -> str:
     """Which kernel computes the attention of texts of more than two blocks, if `kernel` is asked for.
 
-    "sdpa" leaves the choice: "cpu" (`lsg_cpu`) on a CPU, row by row and block by block; else, and in an exported
-    model, "portable", which is torch's fused attention on all blocks at once. By its name, "triton" (`lsg_triton`) is
-    taken on a GPU: its kernels agree with "eager" in Triton's interpreter, and have not been timed.
+    "sdpa" leaves the choice: "cpu" (`lsg_cpu`) on a CPU, row by row and block by block; "triton" (`lsg_triton`) on a
+    GPU where a first trial gives what it should; else, and in an exported model, "portable", which is torch's fused
+    attention on all blocks at once.
 
     Args:
-        query: as `lsg_attention` takes it.
+        query, dropout: as `lsg_attention` takes them.
         sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
 
     Raises:
@@ -144,7 +145,13 @@ def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, 
         raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join((*KERNELS, *CHOICES))}")
     reason = None
     if kernel == "sdpa":
-        kernel = "cpu" if cpu_kernel_serves(query) else "portable"
+        kernel = "portable"
+        if cpu_kernel_serves(query):
+            kernel = "cpu"
+        elif triton_serves(query, sizes) is None and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+            training = query.requires_grad and torch.is_grad_enabled()
+            fault = triton_fault(query.device, query.dtype, query.shape[-1], sizes, training, dropout > 0)
+            kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
     elif kernel == "triton":
@@ -154,6 +161,63 @@ def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, 
     if not torch.compiler.is_compiling():
         logger.info_once(f"LSG attention: the {kernel!r} kernel, on {query.device.type}")
     return kernel
+
+
+@lru_cache
+def try_triton(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    sizes: tuple[int, int, int, int],
+    training: bool,
+    dropping: bool,
+) -> str | None:
+    """Try the kernel "triton" on a short text, against "portable": what is wrong with it here, or None. Triton needs a
+    compiler and a driver that suit it, and a GPU with room for its tiles."""
+    g, block, sparse, factor = sizes
+    chunk = min(block, sparse)
+    even = factor and chunk and chunk % factor == 0 and block % chunk == 0
+    names = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
+    options: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    options["sparsity_type"] = "norm" if even else "stride"
+    generator = torch.Generator(device).manual_seed(0)
+    fault = None
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(training),
+            torch.autocast(device.type, enabled=False),
+        ):
+            shape = (3, 1, 2, g + 3 * block + 1, head_dim)
+            tokens = torch.randn(shape, generator=generator, device=device).to(dtype)
+            keep = torch.arange(shape[3], device=device)[None] < shape[3] - block // 2
+
+            def run(kernel: str, dropout: float = 0.0) -> list[torch.Tensor]:
+                leaves = [x.clone().requires_grad_(training) for x in tokens]
+                output, _ = lsg_attention(
+                    leaves[0], leaves[1], leaves[2], keep, **options, dropout=dropout, kernel=kernel
+                )
+                output = output[:, :, : shape[3] - block // 2]
+                return [output, *(torch.autograd.grad(output.float().square().sum(), leaves) if training else ())]
+
+            for fused, plain in zip(run("triton"), run("portable"), strict=True):
+                error = (fused.float() - plain.float()).norm() / plain.float().norm()
+                if not error < 0.02:
+                    fault = f"its numbers are {float(error):.0%} off"
+            if dropping and not all(x.isfinite().all() for x in run("triton", dropout=0.1)):
+                fault = "with dropout its numbers are not finite"
+    except Exception as error:  # of a compiler, a driver or a device: whatever it is, there is another kernel
+        fault = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    if fault is not None:
+        logger.warning(f"LSG attention: the 'triton' kernel does not work on {device}, so 'portable' is taken; {fault}")
+    return fault
+
+
+@torch.compiler.assume_constant_result
+def triton_fault(*arguments: Any) -> str | None:
+    """What `try_triton` says, which `torch.compile` is to take as it is, and not to look into."""
+    return try_triton(*arguments)
 
 
 def all_at_once(
