@@ -47,6 +47,46 @@ def test_some_models_on_a_batch_with_short_texts(tmp_path, capsys):
     assert benchmark.Bench(320, benchmark.parse([*TINY, *flags])).mask.sum(1).tolist() == [320, 300, 300]
 
 
+FAKE = """
+import torch
+
+class LSGRobertaConfig:
+    def __init__(self, **fields):
+        assert fields["sparsity_type"] == "norm" and fields["block_size"] == 128
+        self.fields = fields
+
+class Output:
+    def __init__(self, states):
+        self.last_hidden_state = states
+
+class LSGRobertaModel(torch.nn.Module):
+    def __init__(self, config, add_pooling_layer):
+        super().__init__()
+        print("this is no answer")
+        assert config.fields["num_hidden_layers"] < 3, "too deep"
+        self.table = torch.nn.Embedding(config.fields["vocab_size"], 32)
+
+    def forward(self, input_ids, attention_mask):
+        return Output(self.table(input_ids))
+"""
+
+
+def test_the_published_implementation_runs_in_a_process_of_its_own(tmp_path):
+    """A stand-in for it: what Transformers it needs does not go with ours."""
+    package = tmp_path / "published" / "lsg_converter" / "roberta"
+    package.mkdir(parents=True)
+    (package / "modeling_lsg_roberta.py").write_text(FAKE)
+    flags = [*TINY, "--models", "published LSG", "--published", str(tmp_path / "published")]
+    flags += ["--output", str(tmp_path), "--figures", str(tmp_path)]
+    assert benchmark.main(flags) == 0
+    measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    assert [item["model"] for item in measured] == ["floor", "published LSG"] * 4
+    assert all(item["reason"] is None and len(item["seconds"]) == 1 for item in measured)
+    assert benchmark.main([*flags, "--layers", "3"]) == 0
+    measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
+    assert measured[1]["reason"] == "RuntimeError: its process ended: AssertionError: too deep"
+
+
 def has_matplotlib():
     try:
         import matplotlib  # noqa: F401
@@ -100,10 +140,12 @@ def test_the_floor_mixes_no_tokens_and_trains_every_projection():
         "--repeats -1",
         "--device gpu",
         "--models bert",
+        "--models published LSG",
+        "--published nowhere",
     ],
 )
 def test_a_wrong_call_is_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(flags.split())
+        benchmark.main(flags.split(" ", 1))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lsg_converter.modeling.lsg_sparsity import cluster_by_lsh, keep_largest_norm, sparsify
+from lsg_converter.modeling.lsg_sparsity import cluster_by_lsh, sparsify
 
 
 pytestmark = pytest.mark.newest
@@ -55,19 +55,24 @@ def test_lsh_rotations_look_normal():
             assert abs((draws[i] * draws[j]).mean()) < 0.02
 
 
+def norm(factor):
+    sizes = {"block_size": 4, "sparse_block_size": 4, "sparsity_factor": factor}
+    return {**sizes, "sparsity_type": "norm", "lsh_num_pre_rounds": 1, "lsh_seed": 0}
+
+
 def test_norm_ranks_in_float32():
     """Two keys whose norms bfloat16 cannot tell apart."""
     key = torch.zeros(1, 1, 4, 2, dtype=torch.bfloat16)
     key[0, 0, :, 0] = torch.tensor([1.0, 16.0, 16.0, 1.0])
     key[0, 0, 2, 1] = 0.25  # sqrt(256.0625) rounds to 16 in bfloat16
-    sparse, _, _ = keep_largest_norm(key, key, torch.ones(1, 1, 4, dtype=torch.bool), factor=4, chunk_size=4)
+    sparse, _, _ = sparsify(key, key, key, torch.ones(1, 1, 4, dtype=torch.bool), **norm(factor=4))
     assert sparse[0, 0, 0].tolist() == [16.0, 0.25]
 
 
 def test_norm_has_no_gradient_through_the_choice():
     key = torch.randn(1, 1, 8, 4, requires_grad=True)
     value = torch.randn(1, 1, 8, 4, requires_grad=True)
-    _, values, _ = keep_largest_norm(key, value, torch.ones(1, 1, 8, dtype=torch.bool), factor=2, chunk_size=4)
+    _, values, _ = sparsify(key, key, value, torch.ones(1, 1, 8, dtype=torch.bool), **norm(factor=2))
     values.sum().backward()
     assert key.grad is None and value.grad.sum() == 4 * 4
 

@@ -18,7 +18,7 @@ import torch
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
-from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_largest_norm
+from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_of, largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
     dropout_keep_mask,
@@ -335,14 +335,12 @@ def test_copies_of_the_file_live_side_by_side():
 def test_largest_norms(shape):
     chunk, factor, t = shape
     states, keep = inputs(t, 0, 16)
-    key, value = (x.detach().transpose(1, 2) for x in states[:2])
+    key = states[1].detach().transpose(1, 2)
     key[0, 0, 5] = key[0, 0, 6]  # of equal norms the first is chosen
     index = choose_largest_norm(key, keep[:, None], chunk, factor)
-    _, expected, expected_kept = keep_largest_norm(key, value, keep[:, None], factor, chunk)
-    kept = keep[:, None].expand(-1, HEADS, -1).gather(2, index)
-    assert torch.equal(kept, expected_kept.expand_as(kept))
-    chosen = value.gather(2, index[..., None].expand(-1, -1, -1, value.shape[-1]))
-    assert torch.equal(chosen[kept], expected[kept])
+    expected = largest_norm(key, keep[:, None], factor, chunk, chunk)
+    kept, expected_kept = (keep_of(keep[:, None], places, chunk) for places in (index, expected))
+    assert torch.equal(kept, expected_kept) and torch.equal(index[kept], expected[kept])
 
 
 @runs

@@ -8,28 +8,31 @@ computes nothing between the projections. Figures need matplotlib (`pip install 
 """
 
 import argparse
-import ctypes
 import importlib
 import json
 import math
 import os
 import platform
 import resource
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any, NoReturn
 from unittest import mock
 
+import steps
 import torch
 import transformers
 from huggingface_hub.utils import tqdm
+from steps import growth, new_optimizer, step
 from transformers import PreTrainedModel, RobertaModel
 
 from lsg_converter.modeling import lsg_modeling
@@ -69,7 +72,9 @@ def lsg(block: int, sparse: int, factor: int, *line: str) -> Contender:
 
 
 # The colours of Okabe and Ito, which colour-blind readers tell apart too.
+LSG_FIELDS: dict[str, Any] = {"sparsity_type": "norm", "num_global_tokens": 1}
 LSG_128 = lsg(128, 128, 2, "#56B4E9", "s")
+PUBLISHED = Contender("published LSG", "published", ("#882255", "*", "-"), "LSG 128/128 of lsg-converter 0.1.9")
 CONTENDERS = [
     Contender(
         FLOOR, "lsg", ("#777777", ".", "--"), "LSG 128/128 whose attention gives back its values", LSG_128.fields
@@ -77,6 +82,7 @@ CONTENDERS = [
     lsg(256, 0, 2, "#0072B2", "o"),
     LSG_128,
     lsg(32, 32, 4, "#009E73", "^"),
+    PUBLISHED,
     Contender("full", "full", ("#000000", "D", "-"), "RoBERTa with sdpa"),
     Contender("Longformer", "longformer", ("#E69F00", "v", "-"), "256 tokens to each side, 1 global token"),
     Contender("BigBird", "bigbird", ("#D55E00", "P", "-"), BIGBIRD),
@@ -120,9 +126,9 @@ def without_attention() -> Iterator[None]:
         yield
 
 
-def build(family: str, length: int, options: argparse.Namespace) -> PreTrainedModel:
-    """A model with random weights, for texts of `length` tokens."""
-    shape: dict[str, Any] = {
+def shape_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields that all configurations have."""
+    return {
         "vocab_size": VOCABULARY,
         "hidden_size": options.width,
         "num_attention_heads": max(options.width // 64, 1),
@@ -131,15 +137,24 @@ def build(family: str, length: int, options: argparse.Namespace) -> PreTrainedMo
         "bos_token_id": 0,
         "eos_token_id": 2,
     }
-    bert = shape | {
+
+
+def bert_fields(length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Those of models like BERT."""
+    return shape_fields(options) | {
         "intermediate_size": 4 * options.width,
         "max_position_embeddings": length + 2,
         "attention_probs_dropout_prob": options.dropout,
     }
+
+
+def build(family: str, length: int, options: argparse.Namespace) -> PreTrainedModel:
+    """A model with random weights, for texts of `length` tokens."""
+    bert = bert_fields(length, options)
     torch.manual_seed(0)
     model: PreTrainedModel
     if family == "lsg":
-        config = LSGRobertaConfig(**bert, sparsity_type="norm", num_global_tokens=1)
+        config = LSGRobertaConfig(**bert, **LSG_FIELDS)
         model = LSGRobertaModel(config, add_pooling_layer=False)
     elif family == "full":
         model = RobertaModel(transformers.RobertaConfig(**bert), add_pooling_layer=False)
@@ -154,7 +169,7 @@ def build(family: str, length: int, options: argparse.Namespace) -> PreTrainedMo
         model = transformers.BigBirdModel(transformers.BigBirdConfig(**bert), add_pooling_layer=False)
     else:
         # Its feed-forward layer is gated: at 8/3 of the width it has as many weights as the others' at 4 times.
-        shape |= {"intermediate_size": 8 * options.width // 3, "max_position_embeddings": length}
+        shape = shape_fields(options) | {"intermediate_size": 8 * options.width // 3, "max_position_embeddings": length}
         shape |= {"cls_token_id": 0, "sep_token_id": 2, "attention_dropout": options.dropout}
         model = transformers.ModernBertModel(transformers.ModernBertConfig(**shape))
     return model.to(options.device, getattr(torch, options.dtype))
@@ -182,35 +197,68 @@ class Bench:
 
     def begin(self, contender: Contender) -> None:
         """Forget gradients and the optimizer's state, so that the next step allocates them."""
-        model = self.model(contender)
-        model.zero_grad()
-        self.optimizers[contender.family] = torch.optim.Adam(model.parameters(), lr=1e-5)
+        self.optimizers[contender.family] = new_optimizer(self.model(contender))
 
     def step(self, contender: Contender, mode: str) -> float:
         """One forward pass or one training step; the seconds it took."""
-        model, optimizer = self.model(contender).train(mode == "training"), self.optimizers[contender.family]
+        if contender.family == PUBLISHED.family:
+            return self.published.ask("step", mode)
+        model, optimizer = self.model(contender), self.optimizers[contender.family]
         inputs = {"input_ids": self.tokens, "attention_mask": self.mask}
         if contender.family == "longformer":
             inputs["global_attention_mask"] = torch.zeros_like(self.mask).index_fill(1, self.mask.new_zeros(1), 1)
         with without_attention() if contender.name == FLOOR else nullcontext():
-            self.synchronize()
-            start = perf_counter()
-            with torch.set_grad_enabled(mode == "training"):
-                loss = model(**inputs).last_hidden_state.float().square().mean()
-            if mode == "training":
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            self.synchronize()
-            return perf_counter() - start
+            return step(model, optimizer, inputs, mode)
 
-    def synchronize(self) -> None:
-        if self.options.device == "cuda":
-            torch.cuda.synchronize()
+    def close(self) -> None:
+        if "published" in vars(self):
+            self.published.close()
+
+    @cached_property
+    def published(self) -> "Published":
+        return Published(self)
 
 
-def peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+class Published:
+    """The published implementation, in a process of its own: it does not run on the Transformers of this one."""
+
+    def __init__(self, bench: Bench) -> None:
+        options = bench.options
+        job = {
+            "config": bert_fields(bench.length, options) | LSG_128.fields | LSG_FIELDS,
+            "tokens": bench.tokens.tolist(),
+            "mask": bench.mask.tolist(),
+            "device": options.device,
+            "dtype": options.dtype,
+            "threads": torch.get_num_threads(),
+        }
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, steps.__file__],
+            env={**os.environ, "PYTHONPATH": str(options.published.resolve())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        self.say(json.dumps(job))
+
+    def say(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # It has ended, which `ask` will find.
+            print(line, file=self.process.stdin, flush=True)
+
+    def ask(self, question: str, mode: str) -> float:
+        """What `steps.py` answers."""
+        self.say(f"{question} {mode}")
+        answer = self.process.stdout.readline() if self.process.stdout is not None else ""
+        if not answer:
+            self.errors.seek(0)
+            lines = self.errors.read().strip().splitlines()
+            raise RuntimeError(f"its process ended: {lines[-1] if lines else 'no message'}")
+        return float(answer)
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
 def available_memory() -> float:
@@ -235,12 +283,8 @@ def resident_growth(contender: Contender, mode: str, length: int, options: argpa
     for tokens, layers in ((64, 1), (length, options.layers)):
         bench = Bench(tokens, argparse.Namespace(**{**vars(options), "layers": layers}))
         bench.begin(contender)
-        with suppress(AttributeError, OSError):  # On Linux, what building took beyond the model is given back first.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        before = peak_resident()
-        bench.step(contender, mode)
-    return peak_resident() - before
+        peak = growth(partial(bench.step, contender, mode), "cpu")
+    return peak
 
 
 def first_step(bench: Bench, contender: Contender, mode: str) -> int:
@@ -249,12 +293,11 @@ def first_step(bench: Bench, contender: Contender, mode: str) -> int:
     On a CPU another process takes them: a small one with the imports done, which `main` keeps ready to be forked.
     """
     options = bench.options
+    if contender.family == PUBLISHED.family:
+        return int(bench.published.ask("first", mode))
     if options.device == "cuda":
         bench.begin(contender)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        bench.step(contender, mode)
-        return torch.cuda.max_memory_allocated() - before
+        return growth(partial(bench.step, contender, mode), options.device)
     job = (contender, mode, bench.length, options, torch.get_num_threads())
     with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
         peak = pool.submit(resident_growth, *job).result()
@@ -450,6 +493,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--short_texts", type=whole, default=0, help=f"texts of {SHORT} tokens in the batch beside them")
     names = [contender.name for contender in CONTENDERS]
     add("--models", choices=names, nargs="+", default=names, help="the floor is always among them", metavar="MODEL")
+    add("--published", type=Path, help="the folder of the published implementation and what it needs: see the README")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and states")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--modes", choices=MODES, nargs="+", default=list(MODES), help="what to measure")
@@ -461,7 +505,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.layers = options.layers or LAYERS[options.size]
     options.lengths = sorted(set(options.lengths or LENGTHS[options.size]))
     options.modes = list(dict.fromkeys(options.modes))
-    options.models = [name for name in names if name == FLOOR or name in options.models]
+    if options.published is None and options.models != names and PUBLISHED.name in options.models:
+        parser.error(f"--models: {PUBLISHED.name!r} needs --published, the folder of the published implementation")
+    if options.published is not None and not (options.published / "lsg_converter" / "roberta").is_dir():
+        parser.error(f"--published: {str(options.published)!r} holds no lsg_converter 0.1.9")
+    skipped = () if options.published else (PUBLISHED.name,)
+    options.models = [name for name in names if name == FLOOR or (name in options.models and name not in skipped)]
     if options.short_texts and min(options.lengths) < SHORT:
         parser.error(f"--short_texts: got lengths from {min(options.lengths)} on; they must be at least {SHORT}")
     if options.width % 2 or options.width % max(options.width // 64, 1):
@@ -487,6 +536,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for mode in options.modes:
                     results += measure(bench, mode, progress)
                     write(options.output, options, results)
+                bench.close()
     except KeyboardInterrupt:
         print("interrupted: tables and figures hold the lengths that were done", file=sys.stderr)
         code = 130

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import Sequence, Window, local_window, pad_to_multiple, sparse_windows, take_windows
-from .lsg_sparsity import Sparse, sparsify
+from .lsg_sparsity import Sparse, choose_tokens, keep_of, sparsify
 from .lsg_triton import fused_attention, triton_serves
 
 
@@ -86,31 +86,37 @@ def lsg_attention(
         """The text, padded."""
         return pad_to_multiple(tokens[:, :, g:], block_size, dim=2)
 
+    sparsity: dict[str, Any] = {
+        "block_size": block_size,
+        "sparse_block_size": sparse_block_size,
+        "sparsity_factor": sparsity_factor,
+        "sparsity_type": sparsity_type,
+        "fused": kernel == "triton",
+    }
     shorten: Callable[..., Sparse | None] = partial(
-        sparsify,
-        block_size=block_size,
-        sparse_block_size=sparse_block_size,
-        sparsity_factor=sparsity_factor,
-        sparsity_type=sparsity_type,
-        lsh_num_pre_rounds=lsh_num_pre_rounds,
-        lsh_seed=lsh_seed,
-        fused=kernel == "triton",
+        sparsify, **sparsity, lsh_num_pre_rounds=lsh_num_pre_rounds, lsh_seed=lsh_seed
     )
-    tokens = query, key, value, keep[:, None]
     if kernel == "cpu":
-        rows = (
-            [tokens] if row_lengths is None else list(zip(*(x.split(row_lengths, dim=2) for x in tokens), strict=True))
-        )
-        long = [row for row in rows if row[0].shape[2] - g > 2 * block_size]
-        shortened = [shorten(row[0][:, :, g:], *(whole_blocks(x) for x in row[1:])) for row in long]
-        each = [sparse for sparse in shortened if sparse is not None]
-        joined = [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)]
+        first = 0
+        each: list[tuple[torch.Tensor, ...] | None] = []
+        for part in [length] if row_lengths is None else row_lengths:
+            text = [x[:, :, first + g : first + part] for x in (query, key, value, keep[:, None])]
+            if part - g > 2 * block_size:
+                index = choose_tokens(text[1], text[3], **sparsity)
+                if index is None:
+                    each.append(shorten(*text))
+                else:
+                    starts = torch.arange(first + g, batch * length, length)[:, None, None]
+                    each.append((starts + index.clamp(max=part - g - 1), keep_of(text[3], index, block_size)))
+            first += part
+        parts = zip(*(sparse for sparse in each if sparse is not None), strict=True)
+        joined = [torch.cat(part, dim=2) if len(part) > 1 else part[0] for part in parts]
         return cpu_attention(query, key, value, keep, joined, row_lengths, sizes, dropout), None
 
-    text_key, text_value, text_keep = map(whole_blocks, tokens[1:])
-    sparse = shorten(query[:, :, g:], text_key, text_value, text_keep)
+    sparse = shorten(*(x[:, :, g:] for x in (query, key, value, keep[:, None])))
     if kernel == "triton":
         return fused_attention(query, key, value, keep, sparse, sizes, dropout), None
+    text_key, text_value, text_keep = map(whole_blocks, (key, value, keep[:, None]))
     sequences = [
         Sequence(key[:, :, :g], value[:, :, :g], keep[:, None, :g], (Window(offset=0, size=g, step=0),)),
         Sequence(text_key, text_value, text_keep, (local_window(block_size),)),

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from .lsg_layout import Window, local_window, operator_namespace, sparse_windows
+from .lsg_sparsity import flat_rows
 
 
 TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `Attention`
 MAX_SCORES = 2**18  # of a head at a time, unless a block of text sees more
+PLACES = 2**16  # in the pools of random bits
 THREAD_SCORES = 2**19  # of several heads at a time, for each thread: 2 MiB in float32 stay in most caches
 
 
@@ -44,6 +46,8 @@ def cpu_attention(
         keep: boolean, shape (batch, tokens).
         sparse: keys, values and mask of the sparse sequence, of shapes (batch, heads, sparse tokens, head_dim) twice
             and (batch, heads or 1, sparse tokens), or nothing; those of rows end to end where `row_lengths` is given.
+            Instead of keys and values, where they are some of the tokens: which, counted through all rows, of shape
+            (batch, heads, sparse tokens).
         row_lengths: where a batch of one holds rows end to end, how many tokens each has, the globals included.
         sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
 
@@ -52,14 +56,14 @@ def cpu_attention(
     """
     batch, heads, tokens, head_dim = query.shape
     lengths = [tokens] * batch if row_lengths is None else row_lengths
-    sparse_key, sparse_value, sparse_keep = sparse or (key[:, :, :0], value[:, :, :0], keep[:, None, :0])
+    *sparse_states, sparse_keep = sparse or (keep[:, None, :0],)
+    rows = flat_rows(sparse_states.pop()) if len(sparse_states) == 1 else None
     # Rows end to end: (tokens of all rows, heads, head_dim).
-    states = (query, key, value, sparse_key, sparse_value)
-    flat = [x.to(query.dtype).transpose(1, 2).reshape(-1, heads, head_dim) for x in states]
+    states = [x.transpose(1, 2).reshape(-1, heads, head_dim) for x in (query, key, value, *sparse_states)]
+    absent = [None] * (5 - len(states))
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
-    output = attention(
-        *flat, keep.flatten(), sparse_keep.transpose(0, 1).flatten(1), seed, lengths, list(sizes), dropout
-    )
+    masks = keep.flatten(), sparse_keep.transpose(0, 1).flatten(1)
+    output = attention(*states, *absent, rows, *masks, seed, lengths, list(sizes), dropout)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
@@ -138,25 +142,27 @@ def real_length(keep: torch.Tensor) -> int:
 
 
 class Draws:
-    """Random bits for the dropout of all jobs and heads, 16 for each probability.
+    """Random bits for the dropout of all jobs, 16 for each probability.
 
-    Those of a job and head are the bits at a random place of one pool, xor those at a random place of another: as
-    random as the pools are, two by two, for a small part of the time that drawing them would take.
+    Those of a job are the bits from a random place of one pool on, xor those from a random place of another: as random
+    as the pools are, two by two, for a small part of the time that drawing them would take.
     """
 
     def __init__(self, seed: int, dropout: float, jobs: Sequence[Job], heads: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         most = max(-(-(job.stop - job.start) * job.num_columns // 4) for job in jobs)
-        self.pools = torch.empty(2, 2 * most, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        self.places = torch.randint(most + 1, (len(jobs), heads, 2), generator=generator).tolist()
+        size = heads * most + PLACES
+        self.pools = torch.empty(2, size, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        self.places = torch.randint(PLACES, (len(jobs), 2), generator=generator).tolist()
         dropped = round(dropout * 2**16)
         self.last_dropped = dropped - 2**15 - 1  # of the numbers of 16 bits
         self.keep_scale = 1 / max(1 - dropped / 2**16, 2**-16)  # by the share that is kept
 
-    def fill(self, bits: torch.Tensor, job: int, head: int) -> None:
-        """Fill an int64 tensor, of one dimension, for the job and head with these numbers."""
-        parts = (pool[at : at + len(bits)] for pool, at in zip(self.pools, self.places[job][head], strict=True))
-        torch.bitwise_xor(*parts, out=bits)
+    def fill(self, bits: torch.Tensor, job: int, first_head: int) -> None:
+        """Fill an int64 tensor, (heads, numbers), for the job of that number and the heads from `first_head` on."""
+        skipped, count = first_head * bits.shape[1], bits.numel()
+        first, second = (pool[at + skipped :][:count] for pool, at in zip(self.pools, self.places[job], strict=True))
+        torch.bitwise_xor(first, second, out=bits.view(-1))
 
 
 class Attention:
@@ -234,10 +240,9 @@ class Attention:
         if self.draws is None:
             return None
         mask = self.scores("mask", self.jobs[number])
-        bits = self.buffer("bits", -(-mask[0].numel() // 4), dtype=torch.int64)
-        for head, own in enumerate(mask.flatten(1)):
-            self.draws.fill(bits, number, self.first_head + head)
-            torch.gt(bits.view(torch.int16)[: len(own)], self.draws.last_dropped, out=own)
+        bits = self.buffer("bits", self.heads, -(-mask[0].numel() // 4), dtype=torch.int64)
+        self.draws.fill(bits, number, self.first_head)
+        torch.gt(bits.view(torch.int16)[:, : mask[0].numel()], self.draws.last_dropped, out=mask.flatten(1))
         return mask
 
     def forward(self, output: torch.Tensor) -> None:
@@ -286,7 +291,12 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def split_heads(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[Attention, list[torch.Tensor]]]:
     """The work of a call of `attention`, whose inputs these are, for as many heads at a time as caches can do with, and
     the part of `others`, (tokens, heads, head_dim), that is theirs, (heads, tokens, head_dim)."""
-    *tensors, keep, sparse_keep, seed, lengths, sizes, dropout = inputs
+    query, key, value, sparse_key, sparse_value, rows, keep, sparse_keep, seed, lengths, sizes, dropout = inputs
+    if rows is not None:
+        sparse_key, sparse_value = (x.flatten(0, 1).index_select(0, rows).view(-1, *x.shape[1:]) for x in (key, value))
+    elif sparse_key is None:
+        sparse_key, sparse_value = key[:0], value[:0]
+    tensors = query, key, value, sparse_key, sparse_value
     jobs = list(list_jobs(keep, sparse_keep, lengths, *sizes))
     scores = max(((job.stop - job.start) * job.num_columns for job in jobs), default=1)
     heads = tensors[0].shape[1]
@@ -301,8 +311,8 @@ def split_heads(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor sparse_key, Tensor sparse_value, Tensor keep, Tensor sparse_keep, "
-    "Tensor seed, SymInt[] lengths, SymInt[] sizes, float dropout"
+    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? rows, Tensor keep, "
+    "Tensor sparse_keep, Tensor seed, SymInt[] lengths, SymInt[] sizes, float dropout"
 )
 
 
@@ -317,21 +327,27 @@ def _attention(*inputs: Any) -> torch.Tensor:
 def _attention_backward(grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
     # A key's gradient is a sum over blocks, which half precision would round each time.
     wide = torch.promote_types(grad.dtype, torch.float32)
-    grads = [torch.zeros_like(tensor, dtype=wide) for tensor in inputs[:5]]
+    *tensors, rows, _, sparse_keep = inputs[:8]
+    sparse_shape = (sparse_keep.shape[1], *tensors[1].shape[1:])
+    shapes = [sparse_shape if tensor is None else tensor.shape for tensor in tensors]
+    grads = [grad.new_zeros(shape, dtype=wide) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
         for part, (own, *totals) in split_heads([grad, *grads], *inputs):
             part.backward(own, totals)
-    return [total.to(grad.dtype) for total in grads]
+    if rows is not None:
+        for total, of_chosen in zip(grads[1:3], grads[3:], strict=True):
+            total.flatten(0, 1).index_add_(0, rows, of_chosen.flatten(0, 1))
+    return [total.to(grad.dtype) for total, tensor in zip(grads, tensors, strict=True) if tensor is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.numbers = inputs[8:]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.numbers = inputs[9:]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grads = attention_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * (12 - len(grads))
 
 
 attention = torch.library.custom_op(
@@ -344,5 +360,5 @@ attention_backward = torch.library.custom_op(
     schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
 )
 attention.register_fake(lambda query, *_: torch.empty_like(query))
-attention_backward.register_fake(lambda grad, *inputs: [torch.empty_like(tensor) for tensor in inputs[:5]])
+attention_backward.register_fake(lambda grad, *inputs: [torch.empty_like(x) for x in inputs[:5] if x is not None])
 attention.register_autograd(_backward, setup_context=_save)

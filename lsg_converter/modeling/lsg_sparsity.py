@@ -1,15 +1,16 @@
 """The six sparsifiers: each shortens the keys and values of a head from `t` to `t / f` tokens.
 
 Shapes: `key` and `value` are (batch, heads, t, head_dim), `keep` is (batch, 1, t) and True where a token may be
-attended to; `t` is a multiple of the block size. Each function returns keys and values of shape
-(batch, heads, t / f, head_dim) and their mask, of shape (batch, 1 or heads, t / f). The result for a token never
-depends on what stands under the mask.
+attended to. `sparsify` returns keys and values of shape (batch, heads, T / f, head_dim) and their mask, of shape
+(batch, 1 or heads, T / f), where `T` is `t` padded to whole blocks. The result for a token never depends on what stands
+under the mask. Three sparsifiers choose tokens, each head its own (`choose_tokens`); the others merge them.
 """
 
 import math
 
 import torch
 
+from .lsg_layout import pad_to_multiple
 from .lsg_triton import LARGEST_CHUNK, choose_largest_norm
 
 
@@ -37,41 +38,80 @@ def sparsify(
     `bos_pooling` weighs by the first of the queries; the others are not read. `fused` asks for Triton's
     kernels where there are some. Raises ValueError where `sparsity_type` is unknown.
     """
-    chunk_size = min(block_size, sparse_block_size)
     if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
         return None
+    index = choose_tokens(
+        key,
+        keep,
+        block_size=block_size,
+        sparse_block_size=sparse_block_size,
+        sparsity_factor=sparsity_factor,
+        sparsity_type=sparsity_type,
+        fused=fused,
+    )
+    if index is not None:
+        return _take(key, value, keep, index, block_size)
+    chunk_size = min(block_size, sparse_block_size)
+    key, value, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key, value, keep))
     if sparsity_factor == 1:
         return key, value, keep
-    if sparsity_type == "norm":
-        if fused and chunk_size <= LARGEST_CHUNK and not torch.compiler.is_compiling():
-            return _take(key, value, keep, choose_largest_norm(key.detach(), keep, chunk_size, sparsity_factor))
-        return keep_largest_norm(key, value, keep, sparsity_factor, chunk_size)
     if sparsity_type == "pooling":
         return pool_mean(key, value, keep, sparsity_factor)
     if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and sparsity_factor == sparse_block_size):
         return pool_by_query(key, value, keep, query[:, :, :1], sparsity_factor)
-    if sparsity_type == "stride":
-        return keep_strided(key, value, keep, sparsity_factor)
-    if sparsity_type == "block_stride":
-        return keep_block_strided(key, value, keep, sparsity_factor, block_size)
     if sparsity_type == "lsh":
         return cluster_by_lsh(key, value, keep, sparsity_factor, chunk_size, lsh_num_pre_rounds, lsh_seed)
     raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
 
 
-def keep_largest_norm(
-    key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int, chunk_size: int
-) -> Sparse:
-    """In each chunk keep the `1 / factor` of the tokens with the largest key norm, in their order."""
-    with torch.no_grad():
-        # In float32: half precision would rank other keys first. Masked tokens come last.
-        # Of (batch, tokens, heads, head_dim), as the projections lay keys down.
-        norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_at_least_float32(key)).transpose(1, 2)
-        norm = norm.masked_fill(~keep, -1).unflatten(-1, (-1, chunk_size))
-        index = norm.topk(chunk_size // factor, dim=-1, sorted=False).indices.sort(dim=-1).values
-        starts = torch.arange(0, key.shape[2], chunk_size, device=key.device)
-        index = (index + starts[:, None]).flatten(-2)
-    return _take(key, value, keep, index)
+def choose_tokens(
+    key: torch.Tensor,
+    keep: torch.Tensor,
+    *,
+    block_size: int,
+    sparse_block_size: int,
+    sparsity_factor: int,
+    sparsity_type: str | None,
+    fused: bool = False,
+) -> torch.Tensor | None:
+    """The places in the text, padded to whole blocks, of the tokens that are the sparse keys: int64, of shape (batch or
+    1, heads, T / f). None where sparse keys are not chosen tokens, or none, or all."""
+    if sparsity_factor <= 1 or not sparse_block_size:
+        return None
+    if sparsity_type == "norm":
+        chunk_size = min(block_size, sparse_block_size)
+        if fused and chunk_size <= LARGEST_CHUNK and not torch.compiler.is_compiling():
+            key, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key.detach(), keep))
+            return choose_largest_norm(key, keep, chunk_size, sparsity_factor)
+        return largest_norm(key.detach(), keep, sparsity_factor, chunk_size, block_size)
+    blocks = torch.arange(0, key.shape[2], block_size, device=key.device)[:, None]
+    head, size = torch.arange(key.shape[1], device=key.device)[:, None, None], block_size // sparsity_factor
+    chosen = torch.arange(size, device=key.device)
+    if sparsity_type == "stride":
+        # Head h keeps every f-th token, from h mod f on.
+        return (blocks + chosen * sparsity_factor + head % sparsity_factor).flatten(1)[None]
+    if sparsity_type == "block_stride":
+        # Head h keeps B / f tokens of each block, from h B / f on, wrapping round in the block.
+        return (blocks + (chosen + head * size) % block_size).flatten(1)[None]
+    return None
+
+
+def largest_norm(key: torch.Tensor, keep: torch.Tensor, factor: int, chunk_size: int, block_size: int) -> torch.Tensor:
+    """In each chunk the `1 / factor` of the tokens with the largest key norm, in their order; masked ones come last."""
+    # In float32: half precision would rank other keys first. As (batch, tokens, heads, head_dim), which is how the
+    # projections lay keys down.
+    norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_at_least_float32(key)).transpose(1, 2)
+    norm, keep = (pad_to_multiple(x, block_size, dim=2) for x in (norm, keep))
+    norm = norm.masked_fill(~keep, -1).unflatten(-1, (-1, chunk_size))
+    index = norm.topk(chunk_size // factor, dim=-1, sorted=False).indices.sort(dim=-1).values
+    starts = torch.arange(0, keep.shape[2], chunk_size, device=key.device)
+    return (index + starts[:, None]).flatten(-2)
+
+
+def keep_of(keep: torch.Tensor, index: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Which of the tokens at `index`, of shape (batch or 1, heads, T / f), are kept: (batch, heads, T / f)."""
+    padded = pad_to_multiple(keep, block_size, dim=2)
+    return padded.expand(-1, index.shape[1], -1).gather(2, index.expand(keep.shape[0], -1, -1))
 
 
 def pool_mean(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int) -> Sparse:
@@ -90,25 +130,6 @@ def pool_by_query(
     score = score.masked_fill(~runs, torch.finfo(score.dtype).min)
     weight = score.softmax(dim=-1, dtype=_at_least_float32(key)).masked_fill(~runs, 0).to(key.dtype)
     return _pool(key, weight), _pool(value, weight), runs.any(dim=-1)
-
-
-def keep_strided(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int) -> Sparse:
-    """Head `h` keeps every `factor`-th token, from `h mod factor` on."""
-    start = torch.arange(key.shape[1], device=key.device) % factor
-    index = torch.arange(0, key.shape[2], factor, device=key.device) + start[:, None]
-    return _take(key, value, keep, index[None])
-
-
-def keep_block_strided(
-    key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int, block_size: int
-) -> Sparse:
-    """Head `h` keeps `B / factor` tokens of each block, from `h * B / factor` on, wrapping round in the block."""
-    size = block_size // factor
-    start = torch.arange(key.shape[1], device=key.device) * size
-    within = (start[:, None] + torch.arange(size, device=key.device)) % block_size
-    blocks = torch.arange(0, key.shape[2], block_size, device=key.device)
-    index = (blocks[:, None] + within[:, None]).flatten(-2)
-    return _take(key, value, keep, index[None])
 
 
 def cluster_by_lsh(
@@ -157,19 +178,25 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _take(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, index: torch.Tensor) -> Sparse:
-    """The tokens at `index`, of shape (batch or 1, heads, t / f)."""
+def _take(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, index: torch.Tensor, block_size: int) -> Sparse:
+    """The tokens at `index`, of shape (batch or 1, heads, T / f); those behind the text are masked."""
     batch, heads, length, head_dim = key.shape
-    index = index.expand(batch, -1, -1)
     first = length * torch.arange(batch, device=key.device)[:, None, None]
-    rows = ((first + index) * heads + torch.arange(heads, device=key.device)[:, None]).transpose(1, 2)
+    rows = flat_rows(first + index.clamp(max=length - 1))
 
     def take(tokens: torch.Tensor) -> torch.Tensor:
         # As (batch, tokens, heads, head_dim), which is how the projections lay them down, whole rows are copied.
-        taken = tokens.transpose(1, 2).reshape(-1, head_dim).index_select(0, rows.flatten())
-        return taken.view(*rows.shape, head_dim).transpose(1, 2)
+        taken = tokens.transpose(1, 2).reshape(-1, head_dim).index_select(0, rows)
+        return taken.view(batch, -1, heads, head_dim).transpose(1, 2)
 
-    return take(key), take(value), keep.expand(-1, heads, -1).gather(2, index)
+    return take(key), take(value), keep_of(keep, index, block_size)
+
+
+def flat_rows(index: torch.Tensor) -> torch.Tensor:
+    """Where in a tensor (tokens, heads, head_dim), with its first two dimensions made one, the tokens at `index` stand:
+    (batch, heads, n) to (batch * n * heads)."""
+    heads = index.shape[1]
+    return (index * heads + torch.arange(heads, device=index.device)[:, None]).transpose(1, 2).flatten()
 
 
 def _pool(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
