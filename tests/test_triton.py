@@ -18,7 +18,7 @@ import torch
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
-from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, keep_of, largest_norm
+from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
     dropout_keep_mask,
@@ -339,7 +339,7 @@ def test_largest_norms(shape):
     key[0, 0, 5] = key[0, 0, 6]  # of equal norms the first is chosen
     index = choose_largest_norm(key, keep[:, None], chunk, factor)
     expected = largest_norm(key, keep[:, None], factor, chunk, chunk)
-    kept, expected_kept = (keep_of(keep[:, None], places, chunk) for places in (index, expected))
+    kept, expected_kept = (keep[:, None].expand(-1, HEADS, -1).gather(2, places) for places in (index, expected))
     assert torch.equal(kept, expected_kept) and torch.equal(index[kept], expected[kept])
 
 
@@ -412,7 +412,7 @@ def compile_all(dtype, width, dropout):
     states, sparse = torch.zeros(3, 2, 1025, 12, width, dtype=dtype), torch.zeros(2, 2, 512, 12, width, dtype=dtype)
     tokens, parts = (x.transpose(2, 3).unbind() for x in (states, sparse))
     keep = torch.ones(2, 1025, dtype=torch.bool)
-    arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None)
+    arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, None)
     arguments = (*arguments, [1025, 1, 128, 128, 2], dropout)
     target = mock.patch.object(triton.runtime.driver, "_active", Target())
     with target, mock.patch.object(JITFunction, "run", compile_only):

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import Sequence, Window, local_window, pad_to_multiple, sparse_windows, take_windows
-from .lsg_sparsity import Sparse, choose_tokens, keep_of, sparsify
+from .lsg_sparsity import sparsify
 from .lsg_triton import fused_attention, triton_serves
 
 
@@ -86,43 +86,34 @@ def lsg_attention(
         """The text, padded."""
         return pad_to_multiple(tokens[:, :, g:], block_size, dim=2)
 
-    sparsity: dict[str, Any] = {
-        "block_size": block_size,
-        "sparse_block_size": sparse_block_size,
-        "sparsity_factor": sparsity_factor,
-        "sparsity_type": sparsity_type,
-        "fused": kernel == "triton",
-    }
-    shorten: Callable[..., Sparse | None] = partial(
-        sparsify, **sparsity, lsh_num_pre_rounds=lsh_num_pre_rounds, lsh_seed=lsh_seed
+    shorten = partial(
+        sparsify,
+        num_global_tokens=g,
+        block_size=block_size,
+        sparse_block_size=sparse_block_size,
+        sparsity_factor=sparsity_factor,
+        sparsity_type=sparsity_type,
+        lsh_num_pre_rounds=lsh_num_pre_rounds,
+        lsh_seed=lsh_seed,
+        fused=kernel == "triton",
+        in_place=kernel in ("cpu", "triton"),
     )
+    tokens = query, key, value, keep[:, None]
     if kernel == "cpu":
-        first = 0
-        each: list[tuple[torch.Tensor, ...] | None] = []
-        for part in [length] if row_lengths is None else row_lengths:
-            text = [x[:, :, first + g : first + part] for x in (query, key, value, keep[:, None])]
-            if part - g > 2 * block_size:
-                index = choose_tokens(text[1], text[3], **sparsity)
-                if index is None:
-                    each.append(shorten(*text))
-                else:
-                    starts = torch.arange(first + g, batch * length, length)[:, None, None]
-                    each.append((starts + index.clamp(max=part - g - 1), keep_of(text[3], index, block_size)))
-            first += part
-        parts = zip(*(sparse for sparse in each if sparse is not None), strict=True)
-        joined = [torch.cat(part, dim=2) if len(part) > 1 else part[0] for part in parts]
+        joined = sparse_end_to_end(tokens, row_lengths or [length], g + 2 * block_size, shorten)
         return cpu_attention(query, key, value, keep, joined, row_lengths, sizes, dropout), None
-
-    sparse = shorten(*(x[:, :, g:] for x in (query, key, value, keep[:, None])))
+    sparse = shorten(*tokens)
     if kernel == "triton":
         return fused_attention(query, key, value, keep, sparse, sizes, dropout), None
-    text_key, text_value, text_keep = map(whole_blocks, (key, value, keep[:, None]))
+    text_key, text_value, text_keep = map(whole_blocks, tokens[1:])
     sequences = [
         Sequence(key[:, :, :g], value[:, :, :g], keep[:, None, :g], (Window(offset=0, size=g, step=0),)),
         Sequence(text_key, text_value, text_keep, (local_window(block_size),)),
     ]
     if sparse is not None:
-        sequences.append(Sequence(*sparse, sparse_windows(block_size, sparse_block_size, sparsity_factor)))
+        sparse_key, sparse_value, sparse_keep = sparse
+        windows = sparse_windows(block_size, sparse_block_size, sparsity_factor)
+        sequences.append(Sequence(sparse_key, sparse_value, sparse_keep, windows))
     output, probabilities = all_at_once(whole_blocks(query), sequences, block_size, dropout, attend)
     output = output[:, :, : length - g]
 
@@ -131,6 +122,25 @@ def lsg_attention(
     if probabilities is None or global_probabilities is None:
         return output, None
     return output, (probabilities[:, :, : length - g], global_probabilities)
+
+
+def sparse_end_to_end(
+    tokens: tuple[torch.Tensor, ...],
+    row_lengths: list[int],
+    short: int,
+    shorten: Callable[..., tuple[torch.Tensor, ...] | None],
+) -> list[torch.Tensor]:
+    """What `shorten` gives for the rows that stand end to end and have more than `short` tokens, joined; nothing where
+    it gives nothing. `tokens` are queries, keys, values and mask."""
+    first = 0
+    each: list[tuple[torch.Tensor, ...]] = []
+    for row in zip(*(x.split(row_lengths, dim=2) for x in tokens), strict=True):
+        sparse = shorten(*row) if row[0].shape[2] > short else None
+        if sparse is not None:
+            # Where there are no keys and values, there are places.
+            each.append(sparse if len(sparse) > 2 else (first + sparse[0], sparse[1]))
+        first += row[0].shape[2]
+    return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)]
 
 
 def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, int], dropout: float = 0.0) -> str:

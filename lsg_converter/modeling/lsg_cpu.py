@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lsg_layout import Window, local_window, operator_namespace, sparse_windows
-from .lsg_sparsity import flat_rows
+from .lsg_layout import Window, flat_rows, local_window, operator_namespace, sparse_windows
 
 
 TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `Attention`

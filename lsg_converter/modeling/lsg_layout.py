@@ -61,6 +61,22 @@ def pad_to_multiple(sequence: torch.Tensor, multiple: int, dim: int) -> torch.Te
     return F.pad(sequence, [0, 0] * (sequence.dim() - 1 - dim % sequence.dim()) + [0, missing])
 
 
+def flat_rows(index: torch.Tensor) -> torch.Tensor:
+    """Where in a tensor (tokens, heads, head_dim), with its first two dimensions made one, the tokens at `index` stand:
+    (batch, heads, n) to (batch * n * heads)."""
+    heads = index.shape[1]
+    return (index * heads + torch.arange(heads, device=index.device)[:, None]).transpose(1, 2).flatten()
+
+
+def take_rows(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The tokens whose places are `rows`, as `flat_rows` gives them: of (batch, heads, tokens, head_dim) those of shape
+    (batch, heads, n, head_dim)."""
+    batch, heads, _, head_dim = tokens.shape
+    # As (batch, tokens, heads, head_dim), which is how the projections lay them down, whole rows are copied.
+    taken = tokens.transpose(1, 2).reshape(-1, head_dim).index_select(0, rows)
+    return taken.view(batch, -1, heads, head_dim).transpose(1, 2)
+
+
 def take_windows(sequence: torch.Tensor, window: Window, num_blocks: int) -> torch.Tensor:
     """Lay out what each block sees of a sequence.
 

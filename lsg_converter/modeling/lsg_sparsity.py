@@ -1,16 +1,16 @@
 """The six sparsifiers: each shortens the keys and values of a head from `t` to `t / f` tokens.
 
 Shapes: `key` and `value` are (batch, heads, t, head_dim), `keep` is (batch, 1, t) and True where a token may be
-attended to. `sparsify` returns keys and values of shape (batch, heads, T / f, head_dim) and their mask, of shape
-(batch, 1 or heads, T / f), where `T` is `t` padded to whole blocks. The result for a token never depends on what stands
-under the mask. Three sparsifiers choose tokens, each head its own (`choose_tokens`); the others merge them.
+attended to. The sparse ones are (batch, heads, T / f, head_dim) and (batch, 1 or heads, T / f), where `T` is `t` padded
+to whole blocks. The result for a token never depends on what stands under the mask. Three sparsifiers choose tokens,
+each head its own; the others merge them.
 """
 
 import math
 
 import torch
 
-from .lsg_layout import pad_to_multiple
+from .lsg_layout import flat_rows, pad_to_multiple, take_rows
 from .lsg_triton import LARGEST_CHUNK, choose_largest_norm
 
 
@@ -25,6 +25,7 @@ def sparsify(
     value: torch.Tensor,
     keep: torch.Tensor,
     *,
+    num_global_tokens: int = 0,
     block_size: int,
     sparse_block_size: int,
     sparsity_factor: int,
@@ -32,64 +33,78 @@ def sparsify(
     lsh_num_pre_rounds: int,
     lsh_seed: int,
     fused: bool = False,
-) -> Sparse | None:
-    """Shorten keys, values and mask by `sparsity_factor` (shapes above); None where there are to be no sparse keys.
+    in_place: bool = False,
+) -> tuple[torch.Tensor, ...] | None:
+    """Shorten keys, values and mask of a text by `sparsity_factor`; None where there are to be no sparse keys.
 
-    `bos_pooling` weighs by the first of the queries; the others are not read. `fused` asks for Triton's
-    kernels where there are some. Raises ValueError where `sparsity_type` is unknown.
+    Args:
+        query, key, value, keep: of `num_global_tokens` globals, which are left out, and of the text. "bos_pooling"
+            weighs by the first query of the text; the others are not read.
+        fused: whether Triton's kernels are to be used where there are some.
+        in_place: whether, where sparse keys are tokens, these are to be left where they are: the result is then which
+            tokens, counted through all rows, globals included, int64, of shape (batch, heads, T / f), and their mask.
+
+    Returns:
+        Keys, values and mask of the sparse sequence.
+
+    Raises:
+        ValueError: where `sparsity_type` is unknown.
     """
     if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
         return None
+    chunk_size = min(block_size, sparse_block_size)
+    text_query, text_key, text_value, text_keep = (x[:, :, num_global_tokens:] for x in (query, key, value, keep))
     index = choose_tokens(
-        key,
-        keep,
-        block_size=block_size,
-        sparse_block_size=sparse_block_size,
-        sparsity_factor=sparsity_factor,
-        sparsity_type=sparsity_type,
-        fused=fused,
+        text_key.detach(), text_keep, sparsity_type, sparsity_factor, chunk_size, block_size, fused=fused
     )
     if index is not None:
-        return _take(key, value, keep, index, block_size)
-    chunk_size = min(block_size, sparse_block_size)
-    key, value, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key, value, keep))
+        batch, _, length, _ = key.shape
+        kept = pad_to_multiple(text_keep, block_size, dim=2).expand(-1, index.shape[1], -1)
+        kept = kept.gather(2, index.expand(batch, -1, -1))
+        first = length * torch.arange(batch, device=key.device)[:, None, None] + num_global_tokens
+        index = first + index.clamp(max=length - num_global_tokens - 1)  # What pads the text is masked.
+        if in_place:
+            return index, kept
+        rows = flat_rows(index)
+        return take_rows(key, rows), take_rows(value, rows), kept
+    text_key, text_value, text_keep = (pad_to_multiple(x, block_size, dim=2) for x in (text_key, text_value, text_keep))
     if sparsity_factor == 1:
-        return key, value, keep
+        return text_key, text_value, text_keep
     if sparsity_type == "pooling":
-        return pool_mean(key, value, keep, sparsity_factor)
+        return pool_mean(text_key, text_value, text_keep, sparsity_factor)
     if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and sparsity_factor == sparse_block_size):
-        return pool_by_query(key, value, keep, query[:, :, :1], sparsity_factor)
+        return pool_by_query(text_key, text_value, text_keep, text_query[:, :, :1], sparsity_factor)
     if sparsity_type == "lsh":
-        return cluster_by_lsh(key, value, keep, sparsity_factor, chunk_size, lsh_num_pre_rounds, lsh_seed)
+        return cluster_by_lsh(
+            text_key, text_value, text_keep, sparsity_factor, chunk_size, lsh_num_pre_rounds, lsh_seed
+        )
     raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
 
 
 def choose_tokens(
     key: torch.Tensor,
     keep: torch.Tensor,
-    *,
-    block_size: int,
-    sparse_block_size: int,
-    sparsity_factor: int,
     sparsity_type: str | None,
+    factor: int,
+    chunk_size: int,
+    block_size: int,
     fused: bool = False,
 ) -> torch.Tensor | None:
     """The places in the text, padded to whole blocks, of the tokens that are the sparse keys: int64, of shape (batch or
-    1, heads, T / f). None where sparse keys are not chosen tokens, or none, or all."""
-    if sparsity_factor <= 1 or not sparse_block_size:
+    1, heads, T / f). None where sparse keys are not chosen tokens, or all."""
+    if factor == 1:
         return None
     if sparsity_type == "norm":
-        chunk_size = min(block_size, sparse_block_size)
         if fused and chunk_size <= LARGEST_CHUNK and not torch.compiler.is_compiling():
-            key, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key.detach(), keep))
-            return choose_largest_norm(key, keep, chunk_size, sparsity_factor)
-        return largest_norm(key.detach(), keep, sparsity_factor, chunk_size, block_size)
+            key, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key, keep))
+            return choose_largest_norm(key, keep, chunk_size, factor)
+        return largest_norm(key, keep, factor, chunk_size, block_size)
     blocks = torch.arange(0, key.shape[2], block_size, device=key.device)[:, None]
-    head, size = torch.arange(key.shape[1], device=key.device)[:, None, None], block_size // sparsity_factor
+    head, size = torch.arange(key.shape[1], device=key.device)[:, None, None], block_size // factor
     chosen = torch.arange(size, device=key.device)
     if sparsity_type == "stride":
         # Head h keeps every f-th token, from h mod f on.
-        return (blocks + chosen * sparsity_factor + head % sparsity_factor).flatten(1)[None]
+        return (blocks + chosen * factor + head % factor).flatten(1)[None]
     if sparsity_type == "block_stride":
         # Head h keeps B / f tokens of each block, from h B / f on, wrapping round in the block.
         return (blocks + (chosen + head * size) % block_size).flatten(1)[None]
@@ -106,12 +121,6 @@ def largest_norm(key: torch.Tensor, keep: torch.Tensor, factor: int, chunk_size:
     index = norm.topk(chunk_size // factor, dim=-1, sorted=False).indices.sort(dim=-1).values
     starts = torch.arange(0, keep.shape[2], chunk_size, device=key.device)
     return (index + starts[:, None]).flatten(-2)
-
-
-def keep_of(keep: torch.Tensor, index: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Which of the tokens at `index`, of shape (batch or 1, heads, T / f), are kept: (batch, heads, T / f)."""
-    padded = pad_to_multiple(keep, block_size, dim=2)
-    return padded.expand(-1, index.shape[1], -1).gather(2, index.expand(keep.shape[0], -1, -1))
 
 
 def pool_mean(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int) -> Sparse:
@@ -176,27 +185,6 @@ def _sum_by_bucket(clusters: torch.Tensor, bucket: torch.Tensor, buckets: int) -
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _take(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, index: torch.Tensor, block_size: int) -> Sparse:
-    """The tokens at `index`, of shape (batch or 1, heads, T / f); those behind the text are masked."""
-    batch, heads, length, head_dim = key.shape
-    first = length * torch.arange(batch, device=key.device)[:, None, None]
-    rows = flat_rows(first + index.clamp(max=length - 1))
-
-    def take(tokens: torch.Tensor) -> torch.Tensor:
-        # As (batch, tokens, heads, head_dim), which is how the projections lay them down, whole rows are copied.
-        taken = tokens.transpose(1, 2).reshape(-1, head_dim).index_select(0, rows)
-        return taken.view(batch, -1, heads, head_dim).transpose(1, 2)
-
-    return take(key), take(value), keep_of(keep, index, block_size)
-
-
-def flat_rows(index: torch.Tensor) -> torch.Tensor:
-    """Where in a tensor (tokens, heads, head_dim), with its first two dimensions made one, the tokens at `index` stand:
-    (batch, heads, n) to (batch * n * heads)."""
-    heads = index.shape[1]
-    return (index * heads + torch.arange(heads, device=index.device)[:, None]).transpose(1, 2).flatten()
 
 
 def _pool(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

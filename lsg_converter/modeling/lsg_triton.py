@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .lsg_layout import operator_namespace
+from .lsg_layout import flat_rows, operator_namespace, take_rows
 from .lsg_triton_kernels import (
     Inputs,
     Keys,
@@ -81,7 +81,7 @@ def fused_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     keep: torch.Tensor | None,
-    sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    sparse: tuple[torch.Tensor, ...] | None,
     sizes: tuple[int, int, int, int],
     dropout: float = 0.0,
     *,
@@ -97,7 +97,8 @@ def fused_attention(
             `t` text tokens, any number of them. A text of at most two blocks gets ordinary full attention.
         keep: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
         sparse: the sparse keys, values and their mask, which is boolean, of shapes (batch, heads, s, head_dim) and
-            (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None.
+            (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None. Instead of
+            keys and values, where they are some of the tokens: which, counted through all rows, (batch, heads, s).
         sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
         dropout: the probability with which a probability is dropped.
         seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
@@ -121,10 +122,15 @@ def fused_attention(
         blocks = (cu_seqlens.diff() - num_global_tokens + block_size - 1) // block_size
         cu_sparse = torch.zeros_like(cu_seqlens)
         cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
-    sparse_key, sparse_value, sparse_keep = sparse if sparse is not None else (None, None, None)
+    sparse_key = sparse_value = sparse_keep = rows = None
+    if sparse is not None and len(sparse) > 2:
+        sparse_key, sparse_value, sparse_keep = sparse
+    elif sparse is not None:
+        rows, sparse_keep = flat_rows(sparse[0]), sparse[1]
     states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
     numbers = [query.shape[2] if max_seqlen is None else max_seqlen, *sizes]
-    return _attention_operator(*states, seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, numbers, dropout)[0]
+    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, rows)
+    return _attention_operator(*states, *others, numbers, dropout)[0]
 
 
 def dropout_keep_mask(
@@ -184,9 +190,12 @@ class _Call:
         seed: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
+        rows: torch.Tensor | None,
         sizes: list[int],
         dropout: float,
     ) -> None:
+        if rows is not None:
+            sparse_key, sparse_value = self.chosen = [take_rows(tensor, rows) for tensor in (key, value)]
         max_seqlen, self.g, block_size, sparse_block_size, sparsity_factor = sizes
         self.packed = cu_seqlens is not None
         self.heads, self.head_dim = query.shape[1], query.shape[3]
@@ -311,9 +320,10 @@ class _Call:
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? sparse_key, Tensor? sparse_value, "
-    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, SymInt[] sizes, float dropout"
+    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? rows, SymInt[] sizes, "
+    "float dropout"
 )
-_CU_SEQLENS = 8
+_CU_SEQLENS, _ROWS = 8, 10  # among them
 
 
 def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -348,10 +358,15 @@ def _attention_backward(
     grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
 ) -> list[torch.Tensor]:
     grads = _new_grads(grad_output, output, normalizer, *arguments)
-    call = _Call(*arguments)
+    call, rows = _Call(*arguments), arguments[_ROWS]
+    of_chosen = [] if rows is None else [torch.empty_like(x) for x in call.chosen]
     states = (output, _token_major(grad_output), normalizer, torch.empty_like(normalizer))
     with torch.cuda.device_of(output):
-        call.backward([call.strided(state) for state in states], [call.strided(grad) for grad in grads])
+        call.backward([call.strided(state) for state in states], [call.strided(x) for x in (*grads, *of_chosen)])
+    for grad, own in zip(grads[1:], of_chosen, strict=False):
+        # A view of memory that is token-major, and each row is added to once: in an order that changes nothing.
+        flat = grad.transpose(1, 2).view(-1, grad.shape[3])
+        flat.index_add_(0, rows, own.transpose(1, 2).reshape(-1, grad.shape[3]))
     return grads
 
 
@@ -363,7 +378,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 def _differentiate(ctx: Any, grad_output: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grads = _attention_backward_operator(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
     sparse_grads = grads[3:] or [None, None]
-    return (*grads[:3], None, *sparse_grads, *[None] * 6)
+    return (*grads[:3], None, *sparse_grads, *[None] * 7)
 
 
 _attention_operator = torch.library.custom_op(
