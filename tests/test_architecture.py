@@ -20,10 +20,10 @@ BELOW = {
     "options": set(),
     "__init__": {"convert", "report", "options"},
     "modeling/lsg_layout": set(),
-    "modeling/lsg_sparsity": {"lsg_triton"},
+    "modeling/lsg_sparsity": {"lsg_layout", "lsg_triton"},
     "modeling/lsg_cpu": {"lsg_layout"},
     "modeling/lsg_triton_kernels": set(),
-    "modeling/lsg_triton": {"lsg_triton_kernels"},
+    "modeling/lsg_triton": {"lsg_layout", "lsg_triton_kernels"},
     "modeling/lsg_attention": {"lsg_cpu", "lsg_triton", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_modeling": {"lsg_attention", "lsg_cpu", "lsg_sparsity"},
 }

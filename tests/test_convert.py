@@ -257,7 +257,7 @@ def swap(weights, name, row):
             "dtype=torch.bool) | True\n        if config.mask",
             "padding",
         ),
-        ("lsg_cpu.py", "return output.transpose(0, 1)", "return output.transpose(0, 1) / 0", "not finite"),
+        ("lsg_cpu.py", "head_dim).transpose(1, 2)\n\n", "head_dim).transpose(1, 2) / 0\n\n", "not finite"),
         ("lsg_modeling.py", "states[:, g + 1 :]", "states[:, g:]", "16 tokens give 17 states"),
     ],
 )

@@ -95,7 +95,7 @@ def choose_tokens(
     if factor == 1:
         return None
     if sparsity_type == "norm":
-        if fused and chunk_size <= LARGEST_CHUNK and not torch.compiler.is_compiling():
+        if fused and chunk_size <= LARGEST_CHUNK:
             key, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key, keep))
             return choose_largest_norm(key, keep, chunk_size, factor)
         return largest_norm(key, keep, factor, chunk_size, block_size)

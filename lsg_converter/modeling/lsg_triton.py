@@ -17,6 +17,7 @@ from .lsg_triton_kernels import (
     combine,
     forward,
     is_installed,
+    measure,
     triton,
 )
 
@@ -25,7 +26,7 @@ GLOBAL_CHUNK = 512  # tokens per program where global rows face all tokens; fixe
 LARGEST_CHUNK = 256  # beyond this `choose_largest_norm` no longer pays
 
 
-def choose_largest_norm(key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int) -> torch.Tensor:
+def _choose_largest_norm(key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int) -> torch.Tensor:
     """The `1 / factor` of the keys of each chunk with the largest norm; of equal ones the first, masked ones last.
 
     Args:
@@ -109,7 +110,8 @@ def fused_attention(
             packed row `r`. By default rows have as many as `s` above, one row's after the other's.
 
     Returns:
-        The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key.
+        The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key, and
+        behind the last token of a row that is kept, where rows are not packed: those take no part.
     """
     num_global_tokens, block_size, sparse_block_size, sparsity_factor = sizes
     if dropout > 0.0 and seed is None:
@@ -217,6 +219,7 @@ class _Call:
             sparse_length=sparse_key.shape[2] if sparse_key is not None else 0,
             cu_seqlens=query if cu_seqlens is None else cu_seqlens,
             cu_sparse=query if cu_sparse is None else cu_sparse,
+            real_lengths=query,
             seed=query if seed is None else seed,
             threshold=_threshold(dropout),
             survivor_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
@@ -242,6 +245,10 @@ class _Call:
         self.text, self.sparse_text = text, text // self.plan.sparsity_factor
         self.chunks = -(-max_seqlen // GLOBAL_CHUNK)
         self.largest_tile = block_size & -block_size  # tiles of text must lie in one block
+        if keep is not None and not self.packed:
+            lengths = torch.empty(self.num_rows, dtype=torch.int32, device=query.device)
+            measure[(self.num_rows,)](self.inputs.tokens.keep, lengths, query.shape[2], SIZE=1024)
+            self.inputs = self.inputs._replace(real_lengths=lengths)
 
     def strided(self, tensor: torch.Tensor) -> Strided:
         """`tensor` of shape (batch, heads, tokens[, head_dim]); packed rows are told apart by their tokens alone."""
@@ -381,6 +388,15 @@ def _differentiate(ctx: Any, grad_output: torch.Tensor, _: torch.Tensor) -> tupl
     return (*grads[:3], None, *sparse_grads, *[None] * 7)
 
 
+choose_largest_norm = torch.library.custom_op(
+    f"{_NAMESPACE}::choose_largest_norm",
+    _choose_largest_norm,
+    mutates_args=(),
+    schema="(Tensor key, Tensor keep, SymInt chunk_size, SymInt factor) -> Tensor",
+)
+choose_largest_norm.register_fake(
+    lambda key, keep, chunk_size, factor: key.new_empty((*key.shape[:2], key.shape[2] // factor), dtype=torch.int64)
+)
 _attention_operator = torch.library.custom_op(
     f"{_NAMESPACE}::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 )

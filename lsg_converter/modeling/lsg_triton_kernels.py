@@ -55,8 +55,9 @@ class Keys(NamedTuple):
 class Inputs(NamedTuple):
     """What every kernel reads. What is not there is not read, but has an address: that of something else.
 
-    Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. A
-    probability survives the dropout where its 31 random bits reach `threshold`.
+    Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. Of a row
+    with a mask `real_lengths` tokens take part, those up to the last that is kept. A probability survives the dropout
+    where its 31 random bits reach `threshold`.
     """
 
     query: Strided
@@ -66,6 +67,7 @@ class Inputs(NamedTuple):
     sparse_length: int
     cu_seqlens: Any
     cu_sparse: Any
+    real_lengths: Any
     seed: Any
     threshold: int
     survivor_scale: float
@@ -95,7 +97,7 @@ class Plan(NamedTuple):
 
 @triton.jit
 def _place(inputs: Inputs, PLAN: tl.constexpr) -> tl.tensor:
-    """The row and the head of this program, its first token and first sparse token, and how many of both there are."""
+    """The row and the head of this program, its first token and first sparse token, and how many of both take part."""
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, length = row * 0, inputs.length
     sparse_first, sparse_length = row * 0, inputs.sparse_length
@@ -105,6 +107,8 @@ def _place(inputs: Inputs, PLAN: tl.constexpr) -> tl.tensor:
         if PLAN.sparse:
             sparse_first = tl.load(inputs.cu_sparse + row).to(tl.int64)
             sparse_length = (tl.load(inputs.cu_sparse + row + 1) - sparse_first).to(tl.int32)
+    elif PLAN.masked:
+        length = tl.load(inputs.real_lengths + row)
     return row, head, first, sparse_first, length, sparse_length
 
 
@@ -134,6 +138,21 @@ def _store_tile(
     mask = (rows < end - start)[:, None] & (columns < PLAN.head_dim)[None, :]
     pointers = base + start.to(tl.int64) * target.token + rows[:, None] * target.token + columns[None, :]
     tl.store(pointers, tile.to(target.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_rows(
+    tile: tl.tensor,
+    target: Strided,
+    base: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    whole: tl.tensor,
+    PLAN: tl.constexpr,
+) -> tl.tensor:
+    """As `_store_tile`, and zeros from `end` on to `whole`, where the row ends: nobody else writes there."""
+    inside = start + tl.arange(0, tile.shape[0]) < end
+    _store_tile(tl.where(inside[:, None], tile, 0.0), target, base, start, tl.maximum(end, whole), PLAN)
 
 
 @triton.jit
@@ -250,7 +269,11 @@ def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.con
     D: tl.constexpr = PLAN.padded_head_dim
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
+    whole = end if GLOBAL or PLAN.packed else inputs.length
     if (start >= end) | (chunk * PLAN.chunk >= length):
+        if not GLOBAL:
+            nothing = tl.zeros((SIZE, D), tl.float32)
+            _store_rows(nothing, output, _base(output, row, head, first), start, end, whole, PLAN)
         return
 
     q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
@@ -287,7 +310,7 @@ def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.con
     normalizers = tl.where(total == 0.0, none, largest + tl.log2(some_total))
     if GLOBAL:
         first = chunk.to(tl.int64) * PLAN.num_global_tokens
-    _store_tile(accumulated / some_total[:, None], output, _base(output, row, head, first), start, end, PLAN)
+    _store_rows(accumulated / some_total[:, None], output, _base(output, row, head, first), start, end, whole, PLAN)
     tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
 
 
@@ -349,7 +372,11 @@ def backward_queries(
     D: tl.constexpr = PLAN.padded_head_dim
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
+    whole = end if GLOBAL or PLAN.packed else inputs.length
     if (start >= end) | (chunk * PLAN.chunk >= length):
+        if not GLOBAL:
+            nothing = tl.zeros((SIZE, D), tl.float32)
+            _store_rows(nothing, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
         return
 
     q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
@@ -378,7 +405,7 @@ def backward_queries(
         accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
     if GLOBAL:
         first = chunk.to(tl.int64) * PLAN.num_global_tokens
-    _store_tile(accumulated * PLAN.scale, grad_query, _base(grad_query, row, head, first), start, end, PLAN)
+    _store_rows(accumulated * PLAN.scale, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
 
 
 @triton.jit
@@ -430,7 +457,14 @@ def backward_keys(
         out_first = chunk.to(tl.int64) * G
         low = tl.minimum(chunk * PLAN.chunk, length)
         ranges = (low, tl.minimum(low + PLAN.chunk, length), zero, zero, zero, zero, zero, zero)
+    whole = end
+    if KIND == "text" and not PLAN.packed:
+        whole = inputs.length
     if (start >= end) | (chunk * PLAN.chunk >= length):
+        if KIND == "text":
+            nothing = tl.zeros((SIZE, D), tl.float32)
+            _store_rows(nothing, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
+            _store_rows(nothing, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
         return
 
     of_sparse = zero < (1 if KIND == "sparse" else 0)
@@ -465,8 +499,20 @@ def backward_keys(
         value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
         grads = probabilities * (grads - deltas[None, :])
         key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
-    _store_tile(key_sum * PLAN.scale, grad_key, _base(grad_key, row, head, out_first), start, end, PLAN)
-    _store_tile(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, PLAN)
+    _store_rows(key_sum * PLAN.scale, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
+    _store_rows(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
+
+
+@triton.jit
+def measure(keep: Strided, real_lengths: tl.tensor, length: tl.tensor, SIZE: tl.constexpr) -> None:
+    """How many tokens each row has up to the last that is kept."""
+    row = tl.program_id(0)
+    last = tl.zeros((SIZE,), tl.int32)
+    for number in range(tl.cdiv(length, SIZE)):
+        places = number * SIZE + tl.arange(0, SIZE)
+        kept = tl.load(keep.data + row.to(tl.int64) * keep.batch + places, mask=places < length, other=0) != 0
+        last = tl.maximum(last, tl.where(kept, places + 1, 0))
+    tl.store(real_lengths + row, tl.max(last, 0))
 
 
 @triton.jit
