@@ -412,6 +412,7 @@ def start(source, target, *flags):
     return process
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_interrupted(source, checkpoint, tmp_path, number, code):
     before = content_of(checkpoint)
@@ -442,6 +443,7 @@ def test_what_a_kill_in_the_last_step_took_away_comes_back(source, checkpoint, t
     assert content_of(checkpoint) == before and not list(tmp_path.glob(".lsg-*"))
 
 
+@pytest.mark.newest
 def test_run_twice_at_once(source, tmp_path):
     processes = [
         subprocess.Popen(command(source, tmp_path / "lsg"), stderr=subprocess.PIPE, text=True) for _ in range(2)
@@ -453,6 +455,7 @@ def test_run_twice_at_once(source, tmp_path):
     assert run_command(tmp_path / "lsg", tmp_path / "again", "--resize_lsg", "--quiet") == 0
 
 
+@pytest.mark.newest
 def test_out_of_disk(source, checkpoint, tmp_path):
     """A limit on the size of files stands for a full disk."""
     before = content_of(checkpoint)
