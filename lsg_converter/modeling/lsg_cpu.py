@@ -185,14 +185,19 @@ class Attention:
         self.draws = draws
         self.keep_scale = 1.0 if draws is None else draws.keep_scale
         self.buffers: dict[str, torch.Tensor] = {}
-        self.gathered: dict[str, Job] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self.gathered: dict[str, tuple[Job, torch.Tensor, Sequence[torch.Tensor]]] = {}
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Room that jobs use one after the other: fresh memory costs more than what is computed in it."""
+        if (name, shape) in self.views:
+            return self.views[name, shape]
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = torch.empty(size, dtype=dtype or self.dtype)
-        return self.buffers[name][:size].view(shape)
+            self.views = {key: view for key, view in self.views.items() if key[0] != name}
+        self.views[name, shape] = self.buffers[name][:size].view(shape)
+        return self.views[name, shape]
 
     def scores(self, name: str, job: Job) -> torch.Tensor:
         return self.buffer(name, self.heads, job.stop - job.start, job.num_columns)
@@ -210,17 +215,16 @@ class Attention:
         if len(job.keys) == 1:
             part = job.keys[0]
             return self.tensors[part.tensor + offset][:, part.start : part.stop].to(self.dtype)
-        seen = self.buffer(name, self.heads, job.num_columns, self.head_dim)
-        *columns, padding = job.split(seen, dim=1)
-        # What the last job has brought to the same columns is there.
-        last = self.gathered.get(name)
+        last, seen, columns = self.gathered.get(name, (None, None, ()))
         present: Sequence[Part | None] = last.keys if last is not None and last.sizes == job.sizes else []
-        if not present:
-            padding.zero_()
-        for target, part, there in zip_longest(columns, job.keys, present):
-            if part != there:
+        if seen is None or not present:
+            seen = self.buffer(name, self.heads, job.num_columns, self.head_dim)
+            columns = job.split(seen, dim=1)
+            columns[-1].zero_()  # the padding
+        for target, part, there in zip_longest(columns[:-1], job.keys, present):
+            if part != there:  # What the last job has brought to the same columns is there.
                 target.copy_(self.tensors[part.tensor + offset][:, part.start : part.stop])
-        self.gathered[name] = job
+        self.gathered[name] = job, seen, columns
         return seen
 
     def probabilities(self, job: Job, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
