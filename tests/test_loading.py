@@ -67,7 +67,9 @@ def test_fresh_process(converted, tmp_path):
     ).eval()
     with torch.no_grad():
         expected = model(**inputs_of(model))[0][0, 7]
-    for line in result.stdout.splitlines():
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(names)
+    for line in lines:
         torch.testing.assert_close(torch.tensor(json.loads(line)), expected, rtol=0, atol=1e-5)
 
 

@@ -71,8 +71,8 @@ def lsg(block: int, sparse: int, factor: int, *line: str) -> Contender:
     return Contender(f"LSG {block}/{sparse}", "lsg", (line[0], line[1], "-"), meaning, fields)
 
 
-# The colours of Okabe and Ito, which colour-blind readers tell apart too.
 LSG_FIELDS: dict[str, Any] = {"sparsity_type": "norm", "num_global_tokens": 1}
+# The colours of Okabe and Ito, which colour-blind readers tell apart too.
 LSG_128 = lsg(128, 128, 2, "#56B4E9", "s")
 PUBLISHED = Contender("published LSG", "published", ("#882255", "*", "-"), "LSG 128/128 of lsg-converter 0.1.9")
 CONTENDERS = [

@@ -147,12 +147,12 @@ class Draws:
     as the pools are, two by two, for a small part of the time that drawing them would take.
     """
 
-    def __init__(self, seed: int, dropout: float, jobs: Sequence[Job], heads: int) -> None:
+    def __init__(self, seed: int, dropout: float, num_jobs: int, heads: int, scores: int) -> None:
+        """For jobs of at most `scores` scores a head."""
         generator = torch.Generator().manual_seed(seed)
-        most = max(-(-(job.stop - job.start) * job.num_columns // 4) for job in jobs)
-        size = heads * most + PLACES
+        size = heads * -(-scores // 4) + PLACES
         self.pools = torch.empty(2, size, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        self.places = torch.randint(PLACES, (len(jobs), 2), generator=generator).tolist()
+        self.places = torch.randint(PLACES, (num_jobs, 2), generator=generator).tolist()
         dropped = round(dropout * 2**16)
         self.last_dropped = dropped - 2**15 - 1  # of the numbers of 16 bits
         self.keep_scale = 1 / max(1 - dropped / 2**16, 2**-16)  # by the share that is kept
@@ -303,7 +303,7 @@ def split_heads(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[
     jobs = list(list_jobs(keep, sparse_keep, lengths, *sizes))
     scores = max(((job.stop - job.start) * job.num_columns for job in jobs), default=1)
     heads = tensors[0].shape[1]
-    draws = Draws(int(seed), dropout, jobs, heads) if round(dropout * 2**16) and jobs else None
+    draws = Draws(int(seed), dropout, len(jobs), heads, scores) if round(dropout * 2**16) and jobs else None
     groups = -(-heads // max(torch.get_num_threads() * THREAD_SCORES // scores, 1))
     for group in torch.arange(heads).tensor_split(groups):
         own = slice(int(group[0]), int(group[-1]) + 1)
