@@ -103,8 +103,8 @@ def test_padding_on_the_right_changes_nothing(load, kind):
         mask = torch.ones_like(ids)
         mask[0, tokens:] = 0
         close(states(model, ids, mask)[:1, :tokens], states(model, ids[:1, :tokens]), atol=1e-10)
-    for other in (mask.bool(), mask.float(), mask.bool().int()):
-        assert torch.equal(states(model, ids, other), states(model, ids, mask))
+        for other in (mask.bool(), mask.float(), mask.bool().int()):
+            assert torch.equal(states(model, ids, other), states(model, ids, mask))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
