@@ -146,16 +146,19 @@ def dropout_keep_mask(
         keys: those of keys; sparse key `s` has the place `SPARSE_IDENTITY + s`.
     """
 
+    def multiply(bits: torch.Tensor, factor: int = 0x45D9F3B) -> torch.Tensor:
+        return (bits * factor) & 0xFFFFFFFF
+
     def mix(state: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         bits = ((state ^ value) + 0x9E3779B9) & 0xFFFFFFFF
         for _ in range(2):
-            bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+            bits = multiply(bits ^ (bits >> 16))
         return bits ^ (bits >> 16)
 
     state = mix(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     state = mix(state, torch.arange(batch_heads, device=seed.device))[:, None, None]
-    state = mix(state, queries[:, None])
-    return mix(state, (keys * 0x9E3779B1) & 0xFFFFFFFF) >> 1 >= _threshold(dropout)
+    bits = multiply(mix(state, queries[:, None]) ^ multiply(keys, 0x9E3779B1))
+    return multiply(bits ^ (bits >> 16)) >> 1 >= _threshold(dropout)
 
 
 def _threshold(dropout: float) -> int:
@@ -205,15 +208,20 @@ class _Call:
         self.wide, self.large = query.dtype == torch.float32, self.head_dim > 64
         has_sparse = sparse_key is not None and sparse_key.shape[2] > 0
 
-        any_keys = Keys(*[self.strided(_token_major(query))] * 3)
+        any_keys = Keys(*[self.strided(_token_major(query))] * 4)
         sparse = any_keys
         if has_sparse and sparse_key is not None and sparse_value is not None and sparse_keep is not None:
             parts = [self.strided(_token_major(tensor)) for tensor in (sparse_key, sparse_value)]
-            sparse = Keys(parts[0], parts[1], self.strided_mask(sparse_keep))
+            sparse = Keys(parts[0], parts[1], self.strided_mask(sparse_keep), any_keys.whole)
         parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
         self.inputs = Inputs(
             query=any_keys.key,
-            tokens=Keys(parts[0], parts[1], sparse.keep if keep is None else self.strided_mask(keep[:, None])),
+            tokens=Keys(
+                parts[0],
+                parts[1],
+                sparse.keep if keep is None else self.strided_mask(keep[:, None]),
+                any_keys.whole,
+            ),
             sparse=sparse,
             length=query.shape[2],
             sparse_length=sparse_key.shape[2] if sparse_key is not None else 0,
@@ -243,12 +251,27 @@ class _Call:
         )
         text = -(-max(max_seqlen - self.g, 0) // block_size) * block_size
         self.text, self.sparse_text = text, text // self.plan.sparsity_factor
-        self.chunks = -(-max_seqlen // GLOBAL_CHUNK)
+        self.chunks = max(-(-text // GLOBAL_CHUNK), 1)
         self.largest_tile = block_size & -block_size  # tiles of text must lie in one block
-        if keep is not None and not self.packed:
-            lengths = torch.empty(self.num_rows, dtype=torch.int32, device=query.device)
-            measure[(self.num_rows,)](self.inputs.tokens.keep, lengths, query.shape[2], SIZE=1024)
-            self.inputs = self.inputs._replace(real_lengths=lengths)
+        self.key_tile = min(64, self.largest_tile, 32 if self.wide else 64)
+        if keep is not None:
+            real_lengths = query.new_full((self.num_rows,), self.g, dtype=torch.int32)
+            tokens = self.measure(self.inputs.tokens, 1, self.text, real_lengths)
+            self.inputs = self.inputs._replace(tokens=tokens, real_lengths=real_lengths)
+        if has_sparse and sparse_keep is not None:
+            sparse = self.measure(sparse, sparse_keep.shape[1], self.sparse_text, query)
+            self.inputs = self.inputs._replace(sparse=sparse)
+
+    def measure(self, keys: Keys, heads: int, tokens: int, real_lengths: torch.Tensor) -> Keys:
+        """`keys` with what `_whole` reads, for at most `tokens` in a row."""
+        tiles = -(-tokens // self.key_tile) + 1  # `_whole` reads one more
+        whole = torch.empty(self.num_rows, heads, tiles, dtype=torch.int8, device=real_lengths.device)
+        keys = keys._replace(whole=Strided(whole, whole.stride(0), whole.stride(1) if heads > 1 else 0, 1))
+        plan = self.plan._replace(masked=False, key_tile=self.key_tile)
+        grid = (-(-tokens // plan.chunk), heads, self.num_rows)
+        if all(grid):
+            measure[grid](self.inputs, keys, real_lengths, OF_SPARSE=keys.key is self.inputs.sparse.key, PLAN=plan)
+        return keys
 
     def strided(self, tensor: torch.Tensor) -> Strided:
         """`tensor` of shape (batch, heads, tokens[, head_dim]); packed rows are told apart by their tokens alone."""
@@ -287,7 +310,7 @@ class _Call:
     def forward(self, output: Strided, normalizer: Strided) -> None:
         stages = 2 if self.large else 3
         arguments = (128, 64, self.inputs, output, normalizer)
-        self.launch(forward, self.text, *arguments, GLOBAL=False, num_warps=8, num_stages=stages)
+        self.launch(forward, self.text, *arguments, GLOBAL=False, num_warps=8, num_stages=stages, maxnreg=128)
         if self.g:
             g, tile = self.global_rows()
             part, weights = self.part(self.head_dim), self.part(1)

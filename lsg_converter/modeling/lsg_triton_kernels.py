@@ -45,19 +45,20 @@ class Strided(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys, values and their mask."""
+    """Keys, values, their mask, and which tiles of it are kept as a whole: of text, or of sparse keys."""
 
     key: Strided
     value: Strided
     keep: Strided
+    whole: Strided
 
 
 class Inputs(NamedTuple):
     """What every kernel reads. What is not there is not read, but has an address: that of something else.
 
     Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. Of a row
-    with a mask `real_lengths` tokens take part, those up to the last that is kept. A probability survives the dropout
-    where its 31 random bits reach `threshold`.
+    with a mask `real_lengths` tokens take part, those up to the last of text that is kept. A probability survives the dropout
+    where its 31 highest random bits reach `threshold`.
     """
 
     query: Strided
@@ -177,6 +178,20 @@ def _tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor
 
 
 @triton.jit
+def _chunk(number: tl.tensor, length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
+    """The ranges of a chunk of the text, the first of which has the globals too."""
+    zero = tl.program_id(0) * 0
+    low = tl.minimum(PLAN.num_global_tokens + number * PLAN.chunk, length)
+    high = tl.minimum(low + PLAN.chunk, length)
+    return zero, tl.where(number == 0, PLAN.num_global_tokens, 0), low, high, zero, zero, zero, zero
+
+
+@triton.jit
+def _num_chunks(length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
+    return tl.maximum(tl.cdiv(length - PLAN.num_global_tokens, PLAN.chunk), 1)
+
+
+@triton.jit
 def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
     """The chunk of this program, where its queries begin and end, and the ranges of keys that they see.
 
@@ -192,9 +207,7 @@ def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexp
         tiles: tl.constexpr = (G + PLAN.query_tile - 1) // PLAN.query_tile
         chunk = tl.program_id(0) // tiles
         start = (tl.program_id(0) % tiles) * PLAN.query_tile
-        low = tl.minimum(chunk * PLAN.chunk, length)
-        high = tl.minimum(low + PLAN.chunk, length)
-        return chunk, start, zero + G, (low, high, zero, zero, zero, zero, zero, zero)
+        return chunk, start, zero + G, _chunk(chunk, length, PLAN)
     else:
         start = tl.program_id(0) * PLAN.query_tile
         block = start // B
@@ -213,31 +226,85 @@ def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexp
 def _key_tile(
     start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
 ) -> tl.tensor:
-    """Keys and values of a tile, what is added to their scores, and their identities for the dropout."""
+    """Keys and values of a tile."""
     row, head, first, sparse_first = place
     tokens, sparse = inputs.tokens, inputs.sparse
     key, key_stride = _base(tokens.key, row, head, first), tokens.key.token
     value, value_stride = _base(tokens.value, row, head, first), tokens.value.token
-    keep = _base(tokens.keep, row, head, first)
-    places = start + tl.arange(0, PLAN.key_tile)
-    kept = places < end
-    read = kept
-    identities = places
     if PLAN.sparse:
         # One loop over keys of both kinds, instead of one for each, keeps the loads ahead of the products throughout.
         key = tl.where(of_sparse, _base(sparse.key, row, head, sparse_first), key)
         key_stride = tl.where(of_sparse, sparse.key.token, key_stride)
         value = tl.where(of_sparse, _base(sparse.value, row, head, sparse_first), value)
         value_stride = tl.where(of_sparse, sparse.value.token, value_stride)
-        keep = tl.where(of_sparse, _base(sparse.keep, row, head, sparse_first), keep)
-        identities = places + tl.where(of_sparse, 1 << 30, 0)  # SPARSE_IDENTITY
-        if not PLAN.masked:
-            read = kept & of_sparse
-    if PLAN.masked or PLAN.sparse:
-        kept = kept & (tl.load(keep + places, mask=read, other=1) != 0)
     key_tile = _load_tile(key, key_stride, start, end, PLAN.key_tile, PLAN)
     value_tile = _load_tile(value, value_stride, start, end, PLAN.key_tile, PLAN)
-    return key_tile, value_tile, tl.where(kept, 0.0, float("-inf")), identities
+    return key_tile, value_tile
+
+
+@triton.jit
+def _whole(
+    start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Whether all keys of a tile may be attended to, as nearly always: then nothing is spent on a mask."""
+    row, head, _, _ = place
+    whole = start + PLAN.key_tile <= end
+    if PLAN.masked or PLAN.sparse:
+        flags, low = _base(inputs.tokens.whole, row, head, row * 0), start - PLAN.num_global_tokens
+        whole = whole & ((low >= 0) | of_sparse)
+        read = whole
+        if PLAN.sparse:
+            flags = tl.where(of_sparse, _base(inputs.sparse.whole, row, head, row * 0), flags)
+            low = tl.where(of_sparse, start, low)
+            if not PLAN.masked:
+                read = whole & of_sparse
+        # A tile of a range may lie across two of the mask.
+        whole = whole & (tl.load(flags + low // PLAN.key_tile, mask=read, other=1) != 0)
+        whole = whole & (tl.load(flags + (low + PLAN.key_tile - 1) // PLAN.key_tile, mask=read, other=1) != 0)
+    return whole
+
+
+@triton.jit
+def _kept(
+    start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Which keys of a tile may be attended to."""
+    row, head, first, sparse_first = place
+    places = start + tl.arange(0, PLAN.key_tile)
+    kept = places < end
+    if PLAN.masked or PLAN.sparse:
+        keep, read = _base(inputs.tokens.keep, row, head, first), kept
+        if PLAN.sparse:
+            keep = tl.where(of_sparse, _base(inputs.sparse.keep, row, head, sparse_first), keep)
+            if not PLAN.masked:
+                read = kept & of_sparse
+        kept = kept & (tl.load(keep + places, mask=read, other=1) != 0)
+    return kept
+
+
+@triton.jit
+def _scores(
+    q: tl.tensor,
+    k: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    of_sparse: tl.tensor,
+    inputs: Inputs,
+    place: tl.tensor,
+    PLAN: tl.constexpr,
+) -> tl.tensor:
+    """Of a tile of queries to a tile of keys, not yet scaled; -inf where a key may not be attended to."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision)
+    if not _whole(start, end, of_sparse, inputs, place, PLAN):
+        kept = _kept(start, end, of_sparse, inputs, place, PLAN)
+        scores = tl.where(kept[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _identities(start: tl.tensor, of_sparse: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
+    """By which the dropout tells the keys of a tile."""
+    return start + tl.arange(0, PLAN.key_tile) + tl.where(of_sparse, 1 << 30, 0)  # SPARSE_IDENTITY
 
 
 @triton.jit
@@ -259,7 +326,10 @@ def _query_bits(seed: tl.tensor, row: tl.tensor, head: tl.tensor, queries: tl.te
 @triton.jit
 def _survives(query_bits: tl.tensor, identities: tl.tensor, threshold: tl.tensor) -> tl.tensor:
     """Which probabilities the dropout leaves; the shapes of queries and of keys are broadcast."""
-    return (_mix(query_bits, identities.to(tl.uint32) * 0x9E3779B1) >> 1).to(tl.int32) >= threshold
+    # Of `_mix` only as much as the highest bits need: this is done for every probability.
+    bits = (query_bits ^ (identities.to(tl.uint32) * 0x9E3779B1)) * 0x45D9F3B
+    bits = (bits ^ (bits >> 16)) * 0x45D9F3B
+    return bits >= threshold.to(tl.uint32) * 2
 
 
 @triton.jit
@@ -270,12 +340,13 @@ def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.con
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
     whole = end if GLOBAL or PLAN.packed else inputs.length
-    if (start >= end) | (chunk * PLAN.chunk >= length):
+    if (start >= end) | (chunk >= _num_chunks(length, PLAN)):
         if not GLOBAL:
             nothing = tl.zeros((SIZE, D), tl.float32)
             _store_rows(nothing, output, _base(output, row, head, first), start, end, whole, PLAN)
         return
 
+    place = (row, head, first, sparse_first)
     q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
     places = start + tl.arange(0, SIZE)
     if PLAN.dropout:
@@ -285,17 +356,16 @@ def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.con
     total = tl.zeros((SIZE,), tl.float32)
     for number in range(_count(ranges, PLAN.key_tile)):
         key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
-        k, v, bias, identities = _key_tile(
-            key_start, key_end, part >= 2, inputs, (row, head, first, sparse_first), PLAN
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * PLAN.scale_log2e + bias[None, :]
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        k, v = _key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
+        scores = _scores(q, k, key_start, key_end, part >= 2, inputs, place, PLAN)
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * PLAN.scale_log2e)
         # Without a key so far all is -inf, of which no difference may be taken.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        probabilities = tl.exp2(scores - reference[:, None])
+        probabilities = tl.exp2(scores * PLAN.scale_log2e - reference[:, None])
         correction = tl.exp2(largest - reference)
         total = total * correction + tl.sum(probabilities, 1)
         if PLAN.dropout:
+            identities = _identities(key_start, part >= 2, PLAN)
             survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
             probabilities = tl.where(survive, probabilities, 0.0)
         accumulated = accumulated * correction[:, None]
@@ -334,7 +404,7 @@ def combine(
     accumulated = tl.zeros((SIZE, D), tl.float32)
     largest = tl.full((SIZE,), float("-inf"), tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
-    for chunk in range(tl.cdiv(length, PLAN.chunk)):
+    for chunk in range(_num_chunks(length, PLAN)):
         offset = row * 0 + chunk * PLAN.num_global_tokens
         tile = _load_tile(_base(part, row, head, offset), part.token, start, end, SIZE, PLAN)
         if WEIGHTED:
@@ -373,12 +443,13 @@ def backward_queries(
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
     whole = end if GLOBAL or PLAN.packed else inputs.length
-    if (start >= end) | (chunk * PLAN.chunk >= length):
+    if (start >= end) | (chunk >= _num_chunks(length, PLAN)):
         if not GLOBAL:
             nothing = tl.zeros((SIZE, D), tl.float32)
             _store_rows(nothing, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
         return
 
+    place = (row, head, first, sparse_first)
     q = _load_tile(_base(inputs.query, row, head, first), inputs.query.token, start, end, SIZE, PLAN)
     o = _load_tile(_base(output, row, head, first), output.token, start, end, SIZE, PLAN)
     do = _load_tile(_base(grad_output, row, head, first), grad_output.token, start, end, SIZE, PLAN)
@@ -392,13 +463,12 @@ def backward_queries(
     accumulated = tl.zeros((SIZE, D), tl.float32)
     for number in range(_count(ranges, PLAN.key_tile)):
         key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
-        k, v, bias, identities = _key_tile(
-            key_start, key_end, part >= 2, inputs, (row, head, first, sparse_first), PLAN
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision) * PLAN.scale_log2e + bias[None, :]
-        probabilities = tl.exp2(scores - normalizers[:, None])
+        k, v = _key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
+        scores = _scores(q, k, key_start, key_end, part >= 2, inputs, place, PLAN)
+        probabilities = tl.exp2(scores * PLAN.scale_log2e - normalizers[:, None])
         grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
         if PLAN.dropout:
+            identities = _identities(key_start, part >= 2, PLAN)
             survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
             grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
         grads = probabilities * (grads - deltas[:, None])
@@ -455,12 +525,11 @@ def backward_keys(
         start = (tl.program_id(0) % tiles) * SIZE
         end = zero + G
         out_first = chunk.to(tl.int64) * G
-        low = tl.minimum(chunk * PLAN.chunk, length)
-        ranges = (low, tl.minimum(low + PLAN.chunk, length), zero, zero, zero, zero, zero, zero)
+        ranges = _chunk(chunk, length, PLAN)
     whole = end
     if KIND == "text" and not PLAN.packed:
         whole = inputs.length
-    if (start >= end) | (chunk * PLAN.chunk >= length):
+    if (start >= end) | (chunk >= _num_chunks(length, PLAN)):
         if KIND == "text":
             nothing = tl.zeros((SIZE, D), tl.float32)
             _store_rows(nothing, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
@@ -468,7 +537,11 @@ def backward_keys(
         return
 
     of_sparse = zero < (1 if KIND == "sparse" else 0)
-    k, v, bias, identities = _key_tile(start, end, of_sparse, inputs, (row, head, first, sparse_first), PLAN)
+    place = (row, head, first, sparse_first)
+    k, v = _key_tile(start, end, of_sparse, inputs, place, PLAN)
+    bias = tl.where(_kept(start, end, of_sparse, inputs, place, PLAN), 0.0, float("-inf"))
+    if PLAN.dropout:
+        identities = _identities(start, of_sparse, PLAN)
     places = start + tl.arange(0, SIZE)
     key_sum = tl.zeros((SIZE, D), tl.float32)
     value_sum = tl.zeros((SIZE, D), tl.float32)
@@ -504,15 +577,22 @@ def backward_keys(
 
 
 @triton.jit
-def measure(keep: Strided, real_lengths: tl.tensor, length: tl.tensor, SIZE: tl.constexpr) -> None:
-    """How many tokens each row has up to the last that is kept."""
-    row = tl.program_id(0)
-    last = tl.zeros((SIZE,), tl.int32)
-    for number in range(tl.cdiv(length, SIZE)):
-        places = number * SIZE + tl.arange(0, SIZE)
-        kept = tl.load(keep.data + row.to(tl.int64) * keep.batch + places, mask=places < length, other=0) != 0
-        last = tl.maximum(last, tl.where(kept, places + 1, 0))
-    tl.store(real_lengths + row, tl.max(last, 0))
+def measure(inputs: Inputs, keys: Keys, real_lengths: tl.tensor, OF_SPARSE: tl.constexpr, PLAN: tl.constexpr) -> None:
+    """Which tiles of a mask are kept as a whole, and how many tokens each row has up to the last that is kept."""
+    SIZE: tl.constexpr = PLAN.chunk // PLAN.key_tile
+    row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
+    tiles = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    places = tiles[:, None] * PLAN.key_tile + tl.arange(0, PLAN.key_tile)[None, :]
+    if OF_SPARSE:
+        first, length = sparse_first, sparse_length
+    else:
+        first, length = first + PLAN.num_global_tokens, length - PLAN.num_global_tokens
+    kept = tl.load(_base(keys.keep, row, head, first) + places, mask=places < length, other=1) != 0
+    whole = tl.min(kept.to(tl.int32), 1)
+    tl.store(_base(keys.whole, row, head, row * 0) + tiles, whole.to(tl.int8), mask=tiles * PLAN.key_tile < length)
+    if not OF_SPARSE and not PLAN.packed:
+        last = tl.max(tl.max(tl.where(kept & (places < length), places + 1, 0), 1), 0)
+        tl.atomic_max(real_lengths + row, last + PLAN.num_global_tokens)
 
 
 @triton.jit
