@@ -319,20 +319,20 @@ class _Call:
             self.launch(combine, g, tile, 16, part, weights, self.inputs, output, normalizer, WEIGHTED=True)
 
     def backward(self, states: list[Strided], grads: list[Strided]) -> None:
-        """`states` are the output, its gradient, the normalizers, and room for the deltas."""
-        output, *of_output = states
+        """`states` are the output, its gradient, the normalizers, and room for the facts about a query that its keys need."""
+        grad_output, normalizer, facts = states[1:]
         grad_query, grad_key, grad_value, *sparse_grads = grads
         inputs, g, tile = self.inputs, *self.global_rows()
         settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
-        # Queries first: they leave the deltas, which the keys need.
-        arguments = (inputs, output, *of_output)
+        # Queries first: they leave facts, which the keys need.
+        arguments = (inputs, *states)
         self.launch(backward_queries, self.text, 64, 64, *arguments, grad_query, GLOBAL=False, **settings)
         if g:
             part = self.part(self.head_dim)
             self.launch(backward_queries, g, tile, 64, *arguments, part, chunks=self.chunks, GLOBAL=True, num_stages=2)
-            self.launch(combine, g, tile, 16, part, part, inputs, grad_query, of_output[1], WEIGHTED=False)
-        query_tile = 32 if self.large or self.plan.dropout else 64
-        of_keys = (inputs, *of_output)
+            self.launch(combine, g, tile, 16, part, part, inputs, grad_query, normalizer, WEIGHTED=False)
+        query_tile = 32 if self.large else 64
+        of_keys = (inputs, grad_output, facts)
         self.launch(backward_keys, self.text, query_tile, 64, *of_keys, grad_key, grad_value, KIND="text", **settings)
         if sparse_grads:
             # A mask for keys that are seen by different blocks takes registers, too.
@@ -344,7 +344,7 @@ class _Call:
             parts = self.part(self.head_dim), self.part(self.head_dim)
             self.launch(backward_keys, g, 64, tile, *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
-                self.launch(combine, g, tile, 16, part, part, inputs, target, of_output[1], WEIGHTED=False)
+                self.launch(combine, g, tile, 16, part, part, inputs, target, normalizer, WEIGHTED=False)
 
 
 _NAMESPACE = operator_namespace(__name__)
@@ -390,7 +390,7 @@ def _attention_backward(
     grads = _new_grads(grad_output, output, normalizer, *arguments)
     call, rows = _Call(*arguments), arguments[_ROWS]
     of_chosen = [] if rows is None else [torch.empty_like(x) for x in call.chosen]
-    states = (output, _token_major(grad_output), normalizer, torch.empty_like(normalizer))
+    states = (output, _token_major(grad_output), normalizer, normalizer.new_empty((*normalizer.shape, 4)))
     with torch.cuda.device_of(output):
         call.backward([call.strided(state) for state in states], [call.strided(x) for x in (*grads, *of_chosen)])
     for grad, own in zip(grads[1:], of_chosen, strict=False):

@@ -432,7 +432,7 @@ def backward_queries(
     output: Strided,
     grad_output: Strided,
     normalizer: Strided,
-    delta: Strided,
+    facts: Strided,
     grad_query: Strided,
     GLOBAL: tl.constexpr,
     PLAN: tl.constexpr,
@@ -457,9 +457,14 @@ def backward_queries(
     inside = places < end
     normalizers = tl.load(_base(normalizer, row, head, first) + places, mask=inside, other=float("inf"))
     deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(_base(delta, row, head, first) + places, deltas, mask=inside & (chunk == 0))
+    if PLAN.dropout:
+        deltas = deltas / inputs.survivor_scale  # by which the gradient is multiplied as a whole
+    pointers, inside = _base(facts, row, head, first) + places * facts.token, inside & (chunk == 0)
+    tl.store(pointers, normalizers, mask=inside)
+    tl.store(pointers + 1, deltas, mask=inside)
     if PLAN.dropout:
         query_bits = _query_bits(inputs.seed, row, head, places, PLAN.heads)
+        tl.store(pointers + 2, query_bits.to(tl.float32, bitcast=True), mask=inside)
     accumulated = tl.zeros((SIZE, D), tl.float32)
     for number in range(_count(ranges, PLAN.key_tile)):
         key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
@@ -470,20 +475,22 @@ def backward_queries(
         if PLAN.dropout:
             identities = _identities(key_start, part >= 2, PLAN)
             survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
-            grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
+            grads = tl.where(survive, grads, 0.0)
         grads = probabilities * (grads - deltas[:, None])
         accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
+    accumulated = accumulated * PLAN.scale
+    if PLAN.dropout:
+        accumulated = accumulated * inputs.survivor_scale
     if GLOBAL:
         first = chunk.to(tl.int64) * PLAN.num_global_tokens
-    _store_rows(accumulated * PLAN.scale, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
+    _store_rows(accumulated, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
 
 
 @triton.jit
 def backward_keys(
     inputs: Inputs,
     grad_output: Strided,
-    normalizer: Strided,
-    delta: Strided,
+    facts: Strided,
     grad_key: Strided,
     grad_value: Strided,
     KIND: tl.constexpr,
@@ -539,40 +546,51 @@ def backward_keys(
     of_sparse = zero < (1 if KIND == "sparse" else 0)
     place = (row, head, first, sparse_first)
     k, v = _key_tile(start, end, of_sparse, inputs, place, PLAN)
-    bias = tl.where(_kept(start, end, of_sparse, inputs, place, PLAN), 0.0, float("-inf"))
+    kept = _kept(start, end, of_sparse, inputs, place, PLAN)
     if PLAN.dropout:
         identities = _identities(start, of_sparse, PLAN)
     places = start + tl.arange(0, SIZE)
     key_sum = tl.zeros((SIZE, D), tl.float32)
     value_sum = tl.zeros((SIZE, D), tl.float32)
     query_base, grad_base = _base(inputs.query, row, head, first), _base(grad_output, row, head, first)
+    facts_base, lines = _base(facts, row, head, first), tl.arange(0, PLAN.query_tile)[:, None]
+    columns = tl.arange(0, 4 if PLAN.dropout else 2)[None, :]
     for number in range(_count(ranges, PLAN.query_tile)):
         query_start, query_end, part = _tile(number, ranges, PLAN.query_tile)
         q = _load_tile(query_base, inputs.query.token, query_start, query_end, PLAN.query_tile, PLAN)
         do = _load_tile(grad_base, grad_output.token, query_start, query_end, PLAN.query_tile, PLAN)
-        queries = query_start + tl.arange(0, PLAN.query_tile)
-        inside = queries < query_end
-        normalizers = tl.load(_base(normalizer, row, head, first) + queries, mask=inside, other=float("inf"))
-        deltas = tl.load(_base(delta, row, head, first) + queries, mask=inside, other=0.0)
-        seen = bias
+        # Where there is no query all is zero, of which nothing follows.
+        pointers = facts_base + query_start.to(tl.int64) * facts.token + lines * facts.token + columns
+        loaded = tl.load(pointers, mask=query_start + lines < query_end, other=0.0)
+        if PLAN.dropout:
+            evens, odds = tl.split(tl.reshape(loaded, (PLAN.query_tile, 2, 2)))
+            normalizers, query_bits = tl.split(evens)
+            deltas, _ = tl.split(odds)
+        else:
+            normalizers, deltas = tl.split(loaded)
+        scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision)
         if KIND == "sparse" and (step % SIZE or S % step):
             # The keys of a tile are not all seen by the same blocks.
             query_block = (query_start - G) // B
             window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
-            seen = tl.where((places < window_end) & (places >= window_end - S), bias, float("-inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision) * PLAN.scale_log2e + seen[:, None]
-        probabilities = tl.exp2(scores - normalizers[None, :])
+            seen = (places < window_end) & (places >= window_end - S)
+            scores = tl.where(seen[:, None], scores, float("-inf"))
+        probabilities = tl.exp2(scores * PLAN.scale_log2e - normalizers[None, :])
         grads = tl.dot(v, tl.trans(do), input_precision=PLAN.precision)
         survivors = probabilities
         if PLAN.dropout:
-            query_bits = _query_bits(inputs.seed, row, head, queries, PLAN.heads)
+            query_bits = query_bits.to(tl.uint32, bitcast=True)
             survive = _survives(query_bits[None, :], identities[:, None], inputs.threshold)
-            survivors = tl.where(survive, probabilities * inputs.survivor_scale, 0.0)
-            grads = tl.where(survive, grads * inputs.survivor_scale, 0.0)
+            survivors = tl.where(survive, probabilities, inputs.survivor_scale * 0.0)
+            grads = tl.where(survive, grads, 0.0)
         value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
         grads = probabilities * (grads - deltas[None, :])
         key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
-    _store_rows(key_sum * PLAN.scale, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
+    key_sum = key_sum * PLAN.scale
+    if PLAN.dropout:
+        key_sum, value_sum = key_sum * inputs.survivor_scale, value_sum * inputs.survivor_scale
+    key_sum, value_sum = tl.where(kept[:, None], key_sum, 0.0), tl.where(kept[:, None], value_sum, 0.0)
+    _store_rows(key_sum, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
     _store_rows(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
 
 
