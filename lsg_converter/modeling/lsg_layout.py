@@ -6,6 +6,7 @@ window begins and the `S` keys that begin where it ends.
 """
 
 import hashlib
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,17 @@ import torch.nn.functional as F
 
 
 def operator_namespace(module: str) -> str:
-    """Where the operators of a module belong. Several checkpoints, each with its own copy of these files, may be loaded
-    in one process: each has its own operators."""
-    return f"lsg_{hashlib.sha256(module.encode()).hexdigest()[:16]}"
+    """Where the operators of a module belong, one of which is `attention`.
+
+    Several checkpoints, each with its own copy of these files, may be loaded in one process, and one of them anew: each
+    has its own operators. To define one again would take it away from the models that use it.
+    """
+    first = name = f"lsg_{hashlib.sha256(module.encode()).hexdigest()[:16]}"
+    for number in itertools.count(2):
+        if not hasattr(getattr(torch.ops, name), "attention"):
+            break
+        name = f"{first}_{number}"
+    return name
 
 
 class Window(NamedTuple):
