@@ -34,6 +34,8 @@ NATIVE = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 
 if INTERPRETED:
+    import numpy as np
+    from torch.utils._pytree import tree_leaves
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -47,6 +49,32 @@ if INTERPRETED:
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return original(self, a, b, *others)
 
+    def take_arguments(self, arguments, keywords, original=interpreter.GridExecutor._init_args_hst):
+        """Remember where the tensors of a launch are."""
+        on_host = original(self, arguments, keywords)
+        memory.clear()
+        leaves = [x.untyped_storage() for x in tree_leaves(on_host) if isinstance(x, torch.Tensor)]
+        memory.extend((x.data_ptr(), x.data_ptr() + x.nbytes()) for x in leaves)
+        return on_host
+
+    def within(name, size_of):
+        """`InterpreterBuilder.name`, which may touch those tensors alone."""
+        original = getattr(interpreter.InterpreterBuilder, name)
+
+        def checked(self, *arguments):
+            pointers, mask, size = size_of(*arguments)
+            places = pointers.data[mask.data.astype(bool)]
+            inside = sum((places >= start) & (places + size <= end) for start, end in memory)
+            assert np.all(inside), f"{name} touches what is not in its tensors"
+            return original(self, *arguments)
+
+        setattr(interpreter.InterpreterBuilder, name, checked)
+
+    memory = []
+    interpreter.GridExecutor._init_args_hst = take_arguments
+    within("create_masked_load", lambda ptr, mask, *_: (ptr, mask, ptr.get_element_ty().primitive_bitwidth // 8))
+    within("create_masked_store", lambda ptr, value, mask, *_: (ptr, mask, value.data.itemsize))
+    within("create_atomic_rmw", lambda _, ptr, value, mask, *__: (ptr, mask, value.data.itemsize))
     interpreter._patch_lang_tensor = patch_tensor
     interpreter.InterpreterBuilder.create_dot = dot
 
@@ -129,15 +157,21 @@ def close(actual, expected, atol=1e-5):
         torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=atol)
 
 
-def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=0.0, batch=2):
+def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=0.0, batch=2, masked=True):
     states, keep = inputs(t, g, width, batch=batch)
+    keep = keep if masked else torch.ones_like(keep)
     sparse, sparse_keep = sparse_inputs(t, block, factor, width, keep_heads, batch=batch) if window else ([], None)
     leaves = [*states, *sparse]
     seed = torch.tensor([2**40 + 7], device=DEVICE)
     tokens = [x.transpose(1, 2) for x in states]
     parts = (*sparse, sparse_keep) if window else None
     output = fused_attention(
-        *tokens, keep, parts, sizes(block, window, factor, g), dropout=dropout, seed=seed if dropout else None
+        *tokens,
+        keep if masked else None,
+        parts,
+        sizes(block, window, factor, g),
+        dropout=dropout,
+        seed=seed if dropout else None,
     )
     assert output.shape == tokens[0].shape and output.transpose(1, 2).is_contiguous()
 
@@ -165,6 +199,7 @@ def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=
 
 # t, block, sparse block, factor, globals, head_dim
 SHAPES = [
+    (225, 32, 32, 4, 1, 16),
     (65, 32, 32, 2, 1, 16),
     (200, 32, 64, 4, 0, 16),
     (129, 64, 32, 2, 5, 16),
@@ -177,14 +212,23 @@ SHAPES = [
 
 
 @runs
+@pytest.mark.parametrize("wide", [(torch.float32,), ()], ids=["small tiles", "large tiles"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_plain_attention(shape):
+def test_agrees_with_plain_attention(shape, wide, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
     against_dense(*shape, keep_heads=1 if shape[4] else HEADS)
 
 
 @runs
-def test_agrees_at_the_default_sizes():
-    against_dense(290, 128, 128, 2, 1, 16, batch=1)
+def test_agrees_without_a_mask():
+    against_dense(131, 32, 32, 2, 1, 16, masked=False)
+
+
+@runs
+@pytest.mark.parametrize("factor", [2, 4])
+def test_agrees_at_the_default_sizes(factor, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", ())
+    against_dense(290, 128, 128, factor, 1, 16, batch=1, dropout=0.1)
 
 
 @runs
@@ -221,7 +265,9 @@ def test_half_precision_is_near(dtype):
 
 @runs
 @pytest.mark.parametrize("shape", [(101, 32, 32, 2, 1, 16), (130, 32, 0, 2, 20, 16)], ids=str)
-def test_dropout_agrees_with_its_mask(shape):
+def test_dropout_agrees_with_its_mask(shape, monkeypatch):
+    against_dense(*shape, dropout=0.3)
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", ())
     against_dense(*shape, dropout=0.3)
 
 
@@ -268,8 +314,10 @@ def test_queries_without_keys_give_zeros():
 
 
 @runs
-def test_packed_rows_agree_with_rows():
+@pytest.mark.parametrize("wide", [(torch.float32,), ()], ids=["small tiles", "large tiles"])
+def test_packed_rows_agree_with_rows(wide, monkeypatch):
     """Of three blocks and a bit, of less than two blocks (full attention), of exactly four; and a gap at the end."""
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
     g, block, window, factor, lengths = 2, 32, 32, 2, (101, 40, 128)
     rows = [inputs(t, g, 16, batch=1)[0] for t in lengths]
     sparse = [sparse_inputs(t, block, factor, 16, batch=1) for t in lengths]
@@ -333,6 +381,7 @@ def test_copies_of_the_file_live_side_by_side():
         spec = importlib.util.spec_from_file_location(f"lsg_converter.modeling.{name}", lsg_triton.__file__)
         modules.append(importlib.util.module_from_spec(spec))
         spec.loader.exec_module(modules[-1])
+    assert len({module._NAMESPACE for module in modules}) == 3  # A name defined again would be lost to the first.
     outputs += [module.fused_attention(*tokens, keep, None, sizes(32, 0, 0, 1)) for module in modules]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert all(gradients(output, states)[0].any() for output in outputs)
@@ -406,8 +455,8 @@ class Target:
         return True
 
 
-def compile_all(dtype, width, dropout):
-    """All kernels at the default sizes, compiled for sm_90 by the calls that would launch them."""
+def compile_all(dtype, width, dropout, block=128):
+    """All kernels, compiled for sm_90 by the calls that would launch them."""
     from triton.runtime.jit import JITFunction
 
     kernels = []
@@ -421,7 +470,7 @@ def compile_all(dtype, width, dropout):
     tokens, parts = (x.transpose(2, 3).unbind() for x in (states, sparse))
     keep = torch.ones(2, 1025, dtype=torch.bool)
     arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, None)
-    arguments = (*arguments, [1025, 1, 128, 128, 2], dropout)
+    arguments = (*arguments, [1025, 1, block, block, 2], dropout)
     target = mock.patch.object(triton.runtime.driver, "_active", Target())
     with target, mock.patch.object(JITFunction, "run", compile_only):
         outputs = lsg_triton._attention(*arguments)
@@ -432,7 +481,9 @@ def compile_all(dtype, width, dropout):
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(
-    "case", [(torch.bfloat16, 64, 0.0), (torch.bfloat16, 64, 0.1), (torch.float16, 128, 0.1)], ids=str
+    "case",
+    [(torch.bfloat16, 64, 0.0), (torch.bfloat16, 64, 0.1), (torch.float16, 128, 0.1), (torch.bfloat16, 64, 0.1, 32)],
+    ids=str,
 )
 def test_compiled_for_sm_90_without_spills(case, tmp_path):
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -442,7 +493,8 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path):
         code = compiled.asm["ptx"]
         if name not in ("combine", "choose", "measure"):
             assert "cp.async" in code, name
-            assert ("mma.sync" if "global" in name else "wgmma.mma_async") in code, name
+            small = "global" in name or 32 in case
+            assert ("mma.sync" if small else "wgmma.mma_async") in code, name
         path = tmp_path / f"{number}.ptx"
         path.write_text(code)
         command = [ptxas, "-v", "-arch=sm_90a", path, "-o", path.with_suffix(".cubin")]

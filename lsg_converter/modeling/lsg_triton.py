@@ -23,6 +23,7 @@ from .lsg_triton_kernels import (
 
 
 GLOBAL_CHUNK = 512  # tokens per program where global rows face all tokens; fixed, so that results are too
+WIDE_TYPES = (torch.float32,)  # whose tiles are smaller
 LARGEST_CHUNK = 256  # beyond this `choose_largest_norm` no longer pays
 
 
@@ -205,7 +206,7 @@ class _Call:
         self.packed = cu_seqlens is not None
         self.heads, self.head_dim = query.shape[1], query.shape[3]
         self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        self.wide, self.large = query.dtype == torch.float32, self.head_dim > 64
+        self.wide, self.large = query.dtype in WIDE_TYPES, self.head_dim > 64
         has_sparse = sparse_key is not None and sparse_key.shape[2] > 0
 
         any_keys = Keys(*[self.strided(_token_major(query))] * 4)
@@ -214,14 +215,10 @@ class _Call:
             parts = [self.strided(_token_major(tensor)) for tensor in (sparse_key, sparse_value)]
             sparse = Keys(parts[0], parts[1], self.strided_mask(sparse_keep), any_keys.whole)
         parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
+        mask = sparse.keep if keep is None else self.strided_mask(keep[:, None])
         self.inputs = Inputs(
             query=any_keys.key,
-            tokens=Keys(
-                parts[0],
-                parts[1],
-                sparse.keep if keep is None else self.strided_mask(keep[:, None]),
-                any_keys.whole,
-            ),
+            tokens=Keys(parts[0], parts[1], mask, any_keys.whole),
             sparse=sparse,
             length=query.shape[2],
             sparse_length=sparse_key.shape[2] if sparse_key is not None else 0,
@@ -252,25 +249,29 @@ class _Call:
         text = -(-max(max_seqlen - self.g, 0) // block_size) * block_size
         self.text, self.sparse_text = text, text // self.plan.sparsity_factor
         self.chunks = max(-(-text // GLOBAL_CHUNK), 1)
-        self.largest_tile = block_size & -block_size  # tiles of text must lie in one block
-        self.key_tile = min(64, self.largest_tile, 32 if self.wide else 64)
+        self.largest_tile = block_size & -block_size  # of what a program gives, which must lie in one block
+        self.key_tile = 32 if self.wide else 64
+        if has_sparse and sparse_keep is not None:
+            sparse = self.measure(sparse, sparse_keep.shape[1], self.sparse_text, None)
+        tokens, real_lengths = self.inputs.tokens._replace(whole=sparse.whole), query
         if keep is not None:
             real_lengths = query.new_full((self.num_rows,), self.g, dtype=torch.int32)
-            tokens = self.measure(self.inputs.tokens, 1, self.text, real_lengths)
-            self.inputs = self.inputs._replace(tokens=tokens, real_lengths=real_lengths)
-        if has_sparse and sparse_keep is not None:
-            sparse = self.measure(sparse, sparse_keep.shape[1], self.sparse_text, query)
-            self.inputs = self.inputs._replace(sparse=sparse)
+            tokens = self.measure(tokens, 1, self.text, real_lengths)
+        self.inputs = self.inputs._replace(tokens=tokens, sparse=sparse, real_lengths=real_lengths)
 
-    def measure(self, keys: Keys, heads: int, tokens: int, real_lengths: torch.Tensor) -> Keys:
-        """`keys` with what `_whole` reads, for at most `tokens` in a row."""
-        tiles = -(-tokens // self.key_tile) + 1  # `_whole` reads one more
-        whole = torch.empty(self.num_rows, heads, tiles, dtype=torch.int8, device=real_lengths.device)
+    def measure(self, keys: Keys, heads: int, tokens: int, real_lengths: torch.Tensor | None) -> Keys:
+        """`keys`, of at most so many tokens in a row, with what says which tiles are kept as a whole.
+
+        Without `real_lengths`, which grow to the last token that is kept, these are sparse keys.
+        """
+        tiles = -(-tokens // self.key_tile) + 1  # one more is read
+        whole = torch.empty(self.num_rows, heads, tiles, dtype=torch.int8, device=keys.keep.data.device)
         keys = keys._replace(whole=Strided(whole, whole.stride(0), whole.stride(1) if heads > 1 else 0, 1))
         plan = self.plan._replace(masked=False, key_tile=self.key_tile)
         grid = (-(-tokens // plan.chunk), heads, self.num_rows)
         if all(grid):
-            measure[grid](self.inputs, keys, real_lengths, OF_SPARSE=keys.key is self.inputs.sparse.key, PLAN=plan)
+            of_sparse = real_lengths is None
+            measure[grid](self.inputs, keys, whole if of_sparse else real_lengths, OF_SPARSE=of_sparse, PLAN=plan)
         return keys
 
     def strided(self, tensor: torch.Tensor) -> Strided:
@@ -283,16 +284,19 @@ class _Call:
         return mask if keep.shape[1] > 1 else mask._replace(head=0)
 
     def launch(
-        self, kernel: Any, tokens: int, query_tile: int, key_tile: int, *arguments: Any, chunks: int = 1, **options: Any
+        self, kernel: Any, tokens: int, tiles: tuple[int, int], *arguments: Any, chunks: int = 1, **options: Any
     ) -> None:
-        """Run a kernel for `tokens` of each row and head, at most with these tiles.
+        """Run a kernel for `tokens` of each row and head, at most with these tiles of queries and of keys.
 
         The tiles are those with which the compiler, for sm_90, needs no more registers than there are.
         """
+        query_tile, key_tile = tiles
         if self.wide:
             query_tile, key_tile, options["num_warps"] = min(query_tile, 32), min(key_tile, 32), 8
-        query_tile, key_tile = min(query_tile, self.largest_tile), min(key_tile, self.largest_tile)
-        own = key_tile if kernel is backward_keys else query_tile
+        if kernel is backward_keys:
+            own = key_tile = min(key_tile, self.largest_tile)
+        else:
+            own = query_tile = min(query_tile, self.largest_tile)
         grid = (-(-tokens // own) * chunks, self.heads, self.num_rows)
         plan = self.plan._replace(query_tile=query_tile, key_tile=key_tile)
         if all(grid):
@@ -308,43 +312,44 @@ class _Call:
         return Strided(part, *part.stride()[:3])
 
     def forward(self, output: Strided, normalizer: Strided) -> None:
-        stages = 2 if self.large else 3
-        arguments = (128, 64, self.inputs, output, normalizer)
-        self.launch(forward, self.text, *arguments, GLOBAL=False, num_warps=8, num_stages=stages, maxnreg=128)
+        settings: dict[str, Any] = {"num_stages": 2 if self.large else 3}
+        of_text = settings
+        if self.plan.block_size % 128 == 0:
+            # 128 registers leave room for two programs on a multiprocessor.
+            of_text = settings | {"num_warps": 8, "maxnreg": None if self.large else 128}
+        self.launch(forward, self.text, (128, 64), self.inputs, output, normalizer, GLOBAL=False, **of_text)
         if self.g:
             g, tile = self.global_rows()
             part, weights = self.part(self.head_dim), self.part(1)
-            arguments = (tile, 64, self.inputs, part, weights)
-            self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, num_stages=stages)
-            self.launch(combine, g, tile, 16, part, weights, self.inputs, output, normalizer, WEIGHTED=True)
+            arguments = ((tile, 64), self.inputs, part, weights)
+            self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, **settings)
+            self.launch(combine, g, (tile, 16), part, weights, self.inputs, output, normalizer, WEIGHTED=True)
 
     def backward(self, states: list[Strided], grads: list[Strided]) -> None:
-        """`states` are the output, its gradient, the normalizers, and room for the facts about a query that its keys need."""
+        """`states` are the output, its gradient, the normalizers, and room for the facts that keys need of a query."""
         grad_output, normalizer, facts = states[1:]
         grad_query, grad_key, grad_value, *sparse_grads = grads
         inputs, g, tile = self.inputs, *self.global_rows()
         settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
-        # Queries first: they leave facts, which the keys need.
-        arguments = (inputs, *states)
-        self.launch(backward_queries, self.text, 64, 64, *arguments, grad_query, GLOBAL=False, **settings)
+        # Queries first: they leave the facts.
+        of_queries = (inputs, *states)
+        self.launch(backward_queries, self.text, (64, 64), *of_queries, grad_query, GLOBAL=False, **settings)
         if g:
             part = self.part(self.head_dim)
-            self.launch(backward_queries, g, tile, 64, *arguments, part, chunks=self.chunks, GLOBAL=True, num_stages=2)
-            self.launch(combine, g, tile, 16, part, part, inputs, grad_query, normalizer, WEIGHTED=False)
+            settings_of_globals = {"chunks": self.chunks, "num_stages": 2}
+            self.launch(backward_queries, g, (tile, 64), *of_queries, part, GLOBAL=True, **settings_of_globals)
+            self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, normalizer, WEIGHTED=False)
         query_tile = 32 if self.large else 64
         of_keys = (inputs, grad_output, facts)
-        self.launch(backward_keys, self.text, query_tile, 64, *of_keys, grad_key, grad_value, KIND="text", **settings)
+        self.launch(backward_keys, self.text, (query_tile, 64), *of_keys, grad_key, grad_value, KIND="text", **settings)
         if sparse_grads:
-            # A mask for keys that are seen by different blocks takes registers, too.
-            step = self.plan.block_size // self.plan.sparsity_factor
-            query_tile = 32 if step % 64 or self.plan.sparse_block_size % step else query_tile
-            of_sparse = (*of_keys, *sparse_grads)
-            self.launch(backward_keys, self.sparse_text, query_tile, 64, *of_sparse, KIND="sparse", **settings)
+            tiles = min(query_tile, self.largest_tile), 64  # Its mask is for queries of one block.
+            self.launch(backward_keys, self.sparse_text, tiles, *of_keys, *sparse_grads, KIND="sparse", **settings)
         if g:
             parts = self.part(self.head_dim), self.part(self.head_dim)
-            self.launch(backward_keys, g, 64, tile, *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
+            self.launch(backward_keys, g, (64, tile), *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
-                self.launch(combine, g, tile, 16, part, part, inputs, target, normalizer, WEIGHTED=False)
+                self.launch(combine, g, (tile, 16), part, part, inputs, target, normalizer, WEIGHTED=False)
 
 
 _NAMESPACE = operator_namespace(__name__)
@@ -378,8 +383,8 @@ def _new_token_major(like: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Te
 def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the normalizers; `sizes` are max_seqlen, g, block_size, sparse_block_size and sparsity_factor."""
     outputs = _new_outputs(*arguments)
-    call = _Call(*arguments)
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(outputs[0]):
+        call = _Call(*arguments)
         call.forward(*(call.strided(tensor) for tensor in outputs))
     return outputs
 
@@ -388,10 +393,11 @@ def _attention_backward(
     grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
 ) -> list[torch.Tensor]:
     grads = _new_grads(grad_output, output, normalizer, *arguments)
-    call, rows = _Call(*arguments), arguments[_ROWS]
-    of_chosen = [] if rows is None else [torch.empty_like(x) for x in call.chosen]
+    rows = arguments[_ROWS]
     states = (output, _token_major(grad_output), normalizer, normalizer.new_empty((*normalizer.shape, 4)))
     with torch.cuda.device_of(output):
+        call = _Call(*arguments)
+        of_chosen = [] if rows is None else [torch.empty_like(x) for x in call.chosen]
         call.backward([call.strided(state) for state in states], [call.strided(x) for x in (*grads, *of_chosen)])
     for grad, own in zip(grads[1:], of_chosen, strict=False):
         # A view of memory that is token-major, and each row is added to once: in an order that changes nothing.

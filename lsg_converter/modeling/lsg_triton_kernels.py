@@ -57,8 +57,8 @@ class Inputs(NamedTuple):
     """What every kernel reads. What is not there is not read, but has an address: that of something else.
 
     Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. Of a row
-    with a mask `real_lengths` tokens take part, those up to the last of text that is kept. A probability survives the dropout
-    where its 31 highest random bits reach `threshold`.
+    with a mask `real_lengths` tokens take part, those up to the last of text that is kept. A probability survives the
+    dropout where its 31 highest random bits reach `threshold`.
     """
 
     query: Strided
@@ -569,13 +569,14 @@ def backward_keys(
         else:
             normalizers, deltas = tl.split(loaded)
         scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision)
+        scores = scores * PLAN.scale_log2e - normalizers[None, :]
         if KIND == "sparse" and (step % SIZE or S % step):
             # The keys of a tile are not all seen by the same blocks.
             query_block = (query_start - G) // B
             window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
             seen = (places < window_end) & (places >= window_end - S)
             scores = tl.where(seen[:, None], scores, float("-inf"))
-        probabilities = tl.exp2(scores * PLAN.scale_log2e - normalizers[None, :])
+        probabilities = tl.exp2(scores)
         grads = tl.dot(v, tl.trans(do), input_precision=PLAN.precision)
         survivors = probabilities
         if PLAN.dropout:
