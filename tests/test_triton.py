@@ -18,6 +18,7 @@ import torch
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
+from lsg_converter.modeling.lsg_layout import pad_to_multiple
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
@@ -388,16 +389,19 @@ def test_copies_of_the_file_live_side_by_side():
 
 
 @runs
-@pytest.mark.parametrize("shape", [(32, 2, 128), (24, 3, 96), (16, 16, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 2, 32, 128), (24, 3, 24, 70), (16, 16, 32, 33)], ids=str)
 def test_largest_norms(shape):
-    chunk, factor, t = shape
-    states, keep = inputs(t, 0, 16)
+    chunk, factor, block, t = shape
+    g, batch = 3, 2
+    states, keep = inputs(t, g, 16)
     key = states[1].detach().transpose(1, 2)
-    key[0, 0, 5] = key[0, 0, 6]  # of equal norms the first is chosen
-    index = choose_largest_norm(key, keep[:, None], chunk, factor)
-    expected = largest_norm(key, keep[:, None], factor, chunk, chunk)
-    kept, expected_kept = (keep[:, None].expand(-1, HEADS, -1).gather(2, places) for places in (index, expected))
-    assert torch.equal(kept, expected_kept) and torch.equal(index[kept], expected[kept])
+    key[0, 0, g + 5] = key[0, 0, g + 6]  # of equal norms the first is chosen
+    index, kept = choose_largest_norm(key, keep[:, None], g, block, chunk, factor)
+    places = largest_norm(key[:, :, g:], keep[:, None, g:], factor, chunk, block)
+    padded = pad_to_multiple(keep[:, None, g:], block, dim=2).expand(-1, HEADS, -1)
+    assert index.shape == places.shape and torch.equal(kept, padded.gather(2, places))
+    places = places + g + (g + t) * torch.arange(batch, device=DEVICE)[:, None, None]
+    assert torch.equal(index[kept], places[kept]) and index.min() >= 0 and index.max() < batch * (g + t)
 
 
 @runs
@@ -475,7 +479,7 @@ def compile_all(dtype, width, dropout, block=128):
     with target, mock.patch.object(JITFunction, "run", compile_only):
         outputs = lsg_triton._attention(*arguments)
         lsg_triton._attention_backward(outputs[0], *outputs, *arguments)
-        choose_largest_norm(tokens[0][:, :, :1024], keep[:, None, :1024], 128, 2)
+        choose_largest_norm(tokens[0], keep[:, None], 1, 128, 128, 2)
     return kernels
 
 

@@ -40,7 +40,7 @@ def sparsify(
     Args:
         query, key, value, keep: of `num_global_tokens` globals, which are left out, and of the text. "bos_pooling"
             weighs by the first query of the text; the others are not read.
-        fused: whether Triton's kernels are to be used where there are some.
+        fused: whether Triton's kernels, which work in place, are to be used where there are some.
         in_place: whether, where sparse keys are tokens, these are to be left where they are: the result is then which
             tokens, counted through all rows, globals included, int64, of shape (batch, heads, T / f), and their mask.
 
@@ -53,10 +53,10 @@ def sparsify(
     if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
         return None
     chunk_size = min(block_size, sparse_block_size)
+    if fused and sparsity_type == "norm" and sparsity_factor > 1 and chunk_size <= LARGEST_CHUNK:
+        return choose_largest_norm(key.detach(), keep, num_global_tokens, block_size, chunk_size, sparsity_factor)
     text_query, text_key, text_value, text_keep = (x[:, :, num_global_tokens:] for x in (query, key, value, keep))
-    index = choose_tokens(
-        text_key.detach(), text_keep, sparsity_type, sparsity_factor, chunk_size, block_size, fused=fused
-    )
+    index = choose_tokens(text_key.detach(), text_keep, sparsity_type, sparsity_factor, chunk_size, block_size)
     if index is not None:
         batch, _, length, _ = key.shape
         kept = pad_to_multiple(text_keep, block_size, dim=2).expand(-1, index.shape[1], -1)
@@ -88,16 +88,12 @@ def choose_tokens(
     factor: int,
     chunk_size: int,
     block_size: int,
-    fused: bool = False,
 ) -> torch.Tensor | None:
     """The places in the text, padded to whole blocks, of the tokens that are the sparse keys: int64, of shape (batch or
     1, heads, T / f). None where sparse keys are not chosen tokens, or all."""
     if factor == 1:
         return None
     if sparsity_type == "norm":
-        if fused and chunk_size <= LARGEST_CHUNK:
-            key, keep = (pad_to_multiple(x, block_size, dim=2) for x in (key, keep))
-            return choose_largest_norm(key, keep, chunk_size, factor)
         return largest_norm(key, keep, factor, chunk_size, block_size)
     blocks = torch.arange(0, key.shape[2], block_size, device=key.device)[:, None]
     head, size = torch.arange(key.shape[1], device=key.device)[:, None, None], block_size // factor

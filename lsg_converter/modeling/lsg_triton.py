@@ -27,33 +27,47 @@ WIDE_TYPES = (torch.float32,)  # whose tiles are smaller
 LARGEST_CHUNK = 256  # beyond this `choose_largest_norm` no longer pays
 
 
-def _choose_largest_norm(key: torch.Tensor, keep: torch.Tensor, chunk_size: int, factor: int) -> torch.Tensor:
-    """The `1 / factor` of the keys of each chunk with the largest norm; of equal ones the first, masked ones last.
+def _new_chosen(
+    key: torch.Tensor, keep: torch.Tensor, num_global_tokens: int, block_size: int, chunk_size: int, factor: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, _ = key.shape
+    chosen = -(-(length - num_global_tokens) // block_size) * block_size // factor
+    index = key.new_empty((batch, chosen, heads), dtype=torch.int64).transpose(1, 2)  # as `flat_rows` lays it out
+    return index, key.new_empty((batch, heads, chosen), dtype=torch.bool)
+
+
+def _choose_largest_norm(
+    key: torch.Tensor, keep: torch.Tensor, num_global_tokens: int, block_size: int, chunk_size: int, factor: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `1 / factor` of the keys of each chunk of text with the largest norm; of equal ones the first, masked last.
 
     Args:
-        key: shape (batch, heads, t, head_dim), `t` a multiple of `chunk_size`.
-        keep: boolean, shape (batch, 1, t).
-        chunk_size: at most `LARGEST_CHUNK`.
+        key: shape (batch, heads, g + t, head_dim).
+        keep: boolean, shape (batch, 1, g + t).
+        chunk_size: at most `LARGEST_CHUNK`; it divides `block_size`, to whole numbers of which the text is padded.
 
     Returns:
-        Places in the text, ascending: (batch, heads, t / factor), int64.
+        Which tokens, ascending, counted through all rows, int64, and which of them are kept, of shapes
+        (batch, heads, T / factor). What pads the text is not kept, and points to a token.
     """
-    batch, heads, length, head_dim = key.shape
-    index = torch.empty(batch, heads, length // factor, dtype=torch.int64, device=key.device)
+    outputs = _new_chosen(key, keep, num_global_tokens, block_size, chunk_size, factor)
+    batch, heads, chosen = outputs[0].shape
     key, mask = _token_major(key), keep.contiguous().view(torch.uint8)
-    plan = Plan(head_dim, triton.next_power_of_2(head_dim))
+    plan = Plan(key.shape[3], triton.next_power_of_2(key.shape[3]), num_global_tokens=num_global_tokens)
     with torch.cuda.device_of(key):
-        choose[(length // chunk_size, heads, batch)](
+        choose[(chosen * factor // chunk_size, heads, batch)](
             Strided(key, *key.stride()[:3]),
             Strided(mask, mask.stride(0), 0, 1),
-            index,
+            Strided(outputs[0], *outputs[0].stride()),
+            Strided(outputs[1].view(torch.uint8), *outputs[1].stride()),
+            key.shape[2],
             chunk_size,
             triton.next_power_of_2(chunk_size),
             chunk_size // factor,
             plan,
             num_warps=4 if chunk_size <= 128 else 8,
         )
-    return index
+    return outputs
 
 
 def triton_serves(query: torch.Tensor, sizes: tuple[int, int, int, int]) -> str | None:
@@ -421,11 +435,10 @@ choose_largest_norm = torch.library.custom_op(
     f"{_NAMESPACE}::choose_largest_norm",
     _choose_largest_norm,
     mutates_args=(),
-    schema="(Tensor key, Tensor keep, SymInt chunk_size, SymInt factor) -> Tensor",
+    schema="(Tensor key, Tensor keep, SymInt num_global_tokens, SymInt block_size, SymInt chunk_size, SymInt factor) "
+    "-> (Tensor, Tensor)",
 )
-choose_largest_norm.register_fake(
-    lambda key, keep, chunk_size, factor: key.new_empty((*key.shape[:2], key.shape[2] // factor), dtype=torch.int64)
-)
+choose_largest_norm.register_fake(_new_chosen)
 _attention_operator = torch.library.custom_op(
     f"{_NAMESPACE}::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
 )

@@ -618,22 +618,26 @@ def measure(inputs: Inputs, keys: Keys, real_lengths: tl.tensor, OF_SPARSE: tl.c
 def choose(
     key: Strided,
     keep: Strided,
-    index: tl.tensor,
+    index: Strided,
+    index_keep: Strided,
+    length: tl.tensor,
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
-    """The places of the largest norms of one chunk, in ascending order."""
+    """Which tokens of one chunk of text have the largest norms, in ascending order, and which of them are kept."""
     chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     within = tl.arange(0, PADDED)
-    places = chunk * CHUNK + within
-    end = chunk * CHUNK + CHUNK
-    tile = _load_tile(_base(key, row, head, row * 0), key.token, chunk * CHUNK, end, PADDED, PLAN).to(tl.float32)
-    real = tl.load(_base(keep, row, head, row * 0) + places, mask=places < end, other=0) != 0
-    norm = tl.where(real, tl.sum(tile * tile, 1), tl.where(within < CHUNK, -1.0, -2.0))
+    start = PLAN.num_global_tokens + chunk * CHUNK
+    end = tl.minimum(start + CHUNK, length)
+    places = start + within
+    tile = _load_tile(_base(key, row, head, row * 0), key.token, start, end, PADDED, PLAN).to(tl.float32)
+    kept = tl.load(_base(keep, row, head, row * 0) + places, mask=places < end, other=0) != 0
+    norm = tl.where(kept, tl.sum(tile * tile, 1), tl.where(within < CHUNK, -1.0, -2.0))
     larger = (norm[None, :] > norm[:, None]) | ((norm[None, :] == norm[:, None]) & (within[None, :] < within[:, None]))
     chosen = tl.sum(larger.to(tl.int32), 1) < CHOSEN
-    of_head = (row * tl.num_programs(1) + head) * tl.num_programs(0) + chunk
-    target = of_head * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(index + target, places.to(tl.int64), mask=chosen)
+    target = chunk * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tokens = row * length + tl.minimum(places, length - 1)
+    tl.store(_base(index, row, head, row * 0) + target * index.token, tokens, mask=chosen)
+    tl.store(_base(index_keep, row, head, row * 0) + target, kept.to(tl.uint8), mask=chosen)
