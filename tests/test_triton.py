@@ -18,7 +18,7 @@ import torch
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
-from lsg_converter.modeling.lsg_layout import pad_to_multiple
+from lsg_converter.modeling.lsg_layout import flat_rows, pad_to_multiple, take_rows
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
@@ -354,6 +354,33 @@ def test_packed_rows_agree_with_rows(wide, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize("packed", [False, True])
+def test_chosen_tokens_are_read_where_they_lie(packed, monkeypatch):
+    """As if they had been gathered before."""
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", ())
+    g, t, batch, factor = 2, 101, 2, 4
+    states, keep = inputs(t, g, 16, batch=batch)
+    rows = torch.arange(batch, device=DEVICE)[:, None, None] * (g + t)
+    order = torch.rand(batch, HEADS, 128, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., : 128 // factor]
+    order = order.to(DEVICE)
+    sparse_keep = order < t
+    index = rows + g + order.clamp(max=t - 1)
+    options = {"dropout": 0.2, "seed": torch.tensor([3], device=DEVICE)}
+    tokens = [x.transpose(1, 2) for x in states]
+    if packed:
+        tokens = [x.flatten(0, 1)[None].transpose(1, 2) for x in states]
+        keep, index, sparse_keep = (torch.cat(x.split(1), dim=-1) for x in (keep, index, sparse_keep))
+        ends = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * (g + t)
+        options |= {"cu_seqlens": ends, "max_seqlen": g + t}
+    gathered = [take_rows(x, flat_rows(index)) for x in tokens[1:]]
+    numbers = sizes(32, 48, factor, g)
+    output = fused_attention(*tokens, keep, (index, sparse_keep), numbers, **options)
+    expected = fused_attention(*tokens, keep, (*gathered, sparse_keep), numbers, **options)
+    close([output], [expected], 1e-6)
+    close(gradients(output, states), gradients(expected, states))
+
+
+@runs
 def test_compiles_into_one_graph():
     states, keep = inputs(70, 1, 16, batch=1)
     sparse, sparse_keep = sparse_inputs(70, 32, 2, 16, batch=1)
@@ -459,7 +486,7 @@ class Target:
         return True
 
 
-def compile_all(dtype, width, dropout, block=128):
+def compile_all(dtype, width, dropout=0.1, block=128, chosen=True):
     """All kernels, compiled for sm_90 by the calls that would launch them."""
     from triton.runtime.jit import JITFunction
 
@@ -470,10 +497,12 @@ def compile_all(dtype, width, dropout, block=128):
         kind = keywords.get("KIND", "global" if keywords.get("GLOBAL") else "")
         kernels.append((f"{self.__name__} {kind}".strip(), compiled))
 
-    states, sparse = torch.zeros(3, 2, 1025, 12, width, dtype=dtype), torch.zeros(2, 2, 512, 12, width, dtype=dtype)
-    tokens, parts = (x.transpose(2, 3).unbind() for x in (states, sparse))
-    keep = torch.ones(2, 1025, dtype=torch.bool)
-    arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, None)
+    states, keep = torch.zeros(3, 1025, 12, width, dtype=dtype), torch.ones(1, 1025, dtype=torch.bool)
+    # A dimension of one may have any stride: Triton has an eye for 1.
+    tokens = states.as_strided((3, 1, 12, 1025, width), (1025 * 12 * width, 1, width, 12 * width, 1)).unbind()
+    index = torch.zeros(1, 512, 12, dtype=torch.int64).transpose(1, 2)
+    parts, index = ((None, None), index) if chosen else ([x[:, :, :512] for x in tokens[:2]], None)
+    arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, index)
     arguments = (*arguments, [1025, 1, block, block, 2], dropout)
     target = mock.patch.object(triton.runtime.driver, "_active", Target())
     with target, mock.patch.object(JITFunction, "run", compile_only):
@@ -486,7 +515,13 @@ def compile_all(dtype, width, dropout, block=128):
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(
     "case",
-    [(torch.bfloat16, 64, 0.0), (torch.bfloat16, 64, 0.1), (torch.float16, 128, 0.1), (torch.bfloat16, 64, 0.1, 32)],
+    [
+        (torch.bfloat16, 64, 0.0),
+        (torch.bfloat16, 64),
+        (torch.float16, 128),
+        (torch.bfloat16, 64, 0.1, 32),
+        (torch.bfloat16, 64, 0.1, 128, False),
+    ],
     ids=str,
 )
 def test_compiled_for_sm_90_without_spills(case, tmp_path):

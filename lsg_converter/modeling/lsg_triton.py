@@ -114,7 +114,8 @@ def fused_attention(
         keep: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
         sparse: the sparse keys, values and their mask, which is boolean, of shapes (batch, heads, s, head_dim) and
             (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None. Instead of
-            keys and values, where they are some of the tokens: which, counted through all rows, (batch, heads, s).
+            keys and values, where they are tokens: which, counted through all rows, (batch, heads, s), int64. No two
+            that are kept are the same.
         sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
         dropout: the probability with which a probability is dropped.
         seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
@@ -139,14 +140,14 @@ def fused_attention(
         blocks = (cu_seqlens.diff() - num_global_tokens + block_size - 1) // block_size
         cu_sparse = torch.zeros_like(cu_seqlens)
         cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
-    sparse_key = sparse_value = sparse_keep = rows = None
+    sparse_key = sparse_value = sparse_keep = index = None
     if sparse is not None and len(sparse) > 2:
         sparse_key, sparse_value, sparse_keep = sparse
     elif sparse is not None:
-        rows, sparse_keep = flat_rows(sparse[0]), sparse[1]
+        index, sparse_keep = sparse
     states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
     numbers = [query.shape[2] if max_seqlen is None else max_seqlen, *sizes]
-    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, rows)
+    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, index)
     return _attention_operator(*states, *others, numbers, dropout)[0]
 
 
@@ -210,32 +211,34 @@ class _Call:
         seed: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
-        rows: torch.Tensor | None,
+        index: torch.Tensor | None,
         sizes: list[int],
         dropout: float,
     ) -> None:
-        if rows is not None:
-            sparse_key, sparse_value = self.chosen = [take_rows(tensor, rows) for tensor in (key, value)]
         max_seqlen, self.g, block_size, sparse_block_size, sparsity_factor = sizes
         self.packed = cu_seqlens is not None
         self.heads, self.head_dim = query.shape[1], query.shape[3]
         self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         self.wide, self.large = query.dtype in WIDE_TYPES, self.head_dim > 64
-        has_sparse = sparse_key is not None and sparse_key.shape[2] > 0
+        sparse_length = 0 if sparse_keep is None else sparse_keep.shape[2]
 
-        any_keys = Keys(*[self.strided(_token_major(query))] * 4)
+        any_keys = Keys(*[self.strided(_token_major(query))] * 5)
         sparse = any_keys
-        if has_sparse and sparse_key is not None and sparse_value is not None and sparse_keep is not None:
+        if index is not None:
+            rows = flat_rows(index)
+            sparse_key, sparse_value = take_rows(key, rows), take_rows(value, rows)
+            sparse = sparse._replace(chosen=self.strided(index))
+        if sparse_key is not None and sparse_value is not None and sparse_keep is not None:
             parts = [self.strided(_token_major(tensor)) for tensor in (sparse_key, sparse_value)]
-            sparse = Keys(parts[0], parts[1], self.strided_mask(sparse_keep), any_keys.whole)
+            sparse = sparse._replace(key=parts[0], value=parts[1], keep=self.strided_mask(sparse_keep))
         parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
         mask = sparse.keep if keep is None else self.strided_mask(keep[:, None])
         self.inputs = Inputs(
             query=any_keys.key,
-            tokens=Keys(parts[0], parts[1], mask, any_keys.whole),
+            tokens=sparse._replace(key=parts[0], value=parts[1], keep=mask),
             sparse=sparse,
             length=query.shape[2],
-            sparse_length=sparse_key.shape[2] if sparse_key is not None else 0,
+            sparse_length=sparse_length,
             cu_seqlens=query if cu_seqlens is None else cu_seqlens,
             cu_sparse=query if cu_sparse is None else cu_sparse,
             real_lengths=query,
@@ -249,12 +252,13 @@ class _Call:
             heads=self.heads,
             num_global_tokens=self.g,
             block_size=block_size,
-            sparse_block_size=sparse_block_size if has_sparse else 0,
-            sparsity_factor=sparsity_factor if has_sparse else 1,
+            sparse_block_size=sparse_block_size if sparse_length else 0,
+            sparsity_factor=sparsity_factor if sparse_length else 1,
             scale=self.head_dim**-0.5,
             scale_log2e=self.head_dim**-0.5 * math.log2(math.e),
             masked=keep is not None,
-            sparse=has_sparse,
+            sparse=sparse_length > 0,
+            chosen=index is not None,
             dropout=dropout > 0.0,
             packed=self.packed,
             precision=_precision(),
@@ -265,7 +269,7 @@ class _Call:
         self.chunks = max(-(-text // GLOBAL_CHUNK), 1)
         self.largest_tile = block_size & -block_size  # of what a program gives, which must lie in one block
         self.key_tile = 32 if self.wide else 64
-        if has_sparse and sparse_keep is not None:
+        if sparse_keep is not None:
             sparse = self.measure(sparse, sparse_keep.shape[1], self.sparse_text, None)
         tokens, real_lengths = self.inputs.tokens._replace(whole=sparse.whole), query
         if keep is not None:
@@ -290,7 +294,10 @@ class _Call:
 
     def strided(self, tensor: torch.Tensor) -> Strided:
         """`tensor` of shape (batch, heads, tokens[, head_dim]); packed rows are told apart by their tokens alone."""
-        return Strided(tensor, 0 if self.packed else tensor.stride(0), tensor.stride(1), tensor.stride(2))
+        # Along a dimension of one torch may have any stride; Triton, where it is 1, loses it.
+        sizes = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        batch, head, token = (0 if size == 1 else stride for size, stride in sizes)
+        return Strided(tensor, 0 if self.packed else batch, head, token)
 
     def strided_mask(self, keep: torch.Tensor) -> Strided:
         """A mask of shape (batch, 1 or heads, tokens)."""
@@ -356,23 +363,25 @@ class _Call:
         query_tile = 32 if self.large else 64
         of_keys = (inputs, grad_output, facts)
         self.launch(backward_keys, self.text, (query_tile, 64), *of_keys, grad_key, grad_value, KIND="text", **settings)
-        if sparse_grads:
-            tiles = min(query_tile, self.largest_tile), 64  # Its mask is for queries of one block.
-            self.launch(backward_keys, self.sparse_text, tiles, *of_keys, *sparse_grads, KIND="sparse", **settings)
         if g:
             parts = self.part(self.head_dim), self.part(self.head_dim)
             self.launch(backward_keys, g, (64, tile), *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
                 self.launch(combine, g, (tile, 16), part, part, inputs, target, normalizer, WEIGHTED=False)
+        if self.plan.sparse:
+            # Chosen tokens have a gradient by now, to which is added.
+            of_sparse = sparse_grads or (grad_key, grad_value)
+            tiles = min(query_tile, self.largest_tile), 64  # Its mask is for queries of one block.
+            self.launch(backward_keys, self.sparse_text, tiles, *of_keys, *of_sparse, KIND="sparse", **settings)
 
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? sparse_key, Tensor? sparse_value, "
-    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? rows, SymInt[] sizes, "
+    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, SymInt[] sizes, "
     "float dropout"
 )
-_CU_SEQLENS, _ROWS = 8, 10  # among them
+_CU_SEQLENS = 8  # among them
 
 
 def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -407,16 +416,10 @@ def _attention_backward(
     grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
 ) -> list[torch.Tensor]:
     grads = _new_grads(grad_output, output, normalizer, *arguments)
-    rows = arguments[_ROWS]
     states = (output, _token_major(grad_output), normalizer, normalizer.new_empty((*normalizer.shape, 4)))
     with torch.cuda.device_of(output):
         call = _Call(*arguments)
-        of_chosen = [] if rows is None else [torch.empty_like(x) for x in call.chosen]
-        call.backward([call.strided(state) for state in states], [call.strided(x) for x in (*grads, *of_chosen)])
-    for grad, own in zip(grads[1:], of_chosen, strict=False):
-        # A view of memory that is token-major, and each row is added to once: in an order that changes nothing.
-        flat = grad.transpose(1, 2).view(-1, grad.shape[3])
-        flat.index_add_(0, rows, own.transpose(1, 2).reshape(-1, grad.shape[3]))
+        call.backward([call.strided(state) for state in states], [call.strided(grad) for grad in grads])
     return grads
 
 

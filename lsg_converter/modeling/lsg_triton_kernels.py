@@ -45,12 +45,16 @@ class Strided(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys, values, their mask, and which tiles of it are kept as a whole: of text, or of sparse keys."""
+    """Keys, values, their mask, and which tiles of it are kept as a whole: of text, or of sparse keys.
+
+    Where sparse keys are tokens, `chosen` says which, counted through all rows.
+    """
 
     key: Strided
     value: Strided
     keep: Strided
     whole: Strided
+    chosen: Strided
 
 
 class Inputs(NamedTuple):
@@ -88,6 +92,7 @@ class Plan(NamedTuple):
     scale_log2e: float = 1.0
     masked: bool = False
     sparse: bool = False
+    chosen: bool = False
     dropout: bool = False
     packed: bool = False
     precision: str = "ieee"
@@ -154,6 +159,18 @@ def _store_rows(
     """As `_store_tile`, and zeros from `end` on to `whole`, where the row ends: nobody else writes there."""
     inside = start + tl.arange(0, tile.shape[0]) < end
     _store_tile(tl.where(inside[:, None], tile, 0.0), target, base, start, tl.maximum(end, whole), PLAN)
+
+
+@triton.jit
+def _add_rows(
+    tile: tl.tensor, target: Strided, base: tl.tensor, places: tl.tensor, inside: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Add to the tokens at `places`, no two of which are the same."""
+    columns = tl.arange(0, PLAN.padded_head_dim)
+    mask = inside[:, None] & (columns < PLAN.head_dim)[None, :]
+    pointers = base + places[:, None] * target.token + columns[None, :]
+    total = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + tile
+    tl.store(pointers, total.to(target.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -590,9 +607,16 @@ def backward_keys(
     key_sum = key_sum * PLAN.scale
     if PLAN.dropout:
         key_sum, value_sum = key_sum * inputs.survivor_scale, value_sum * inputs.survivor_scale
-    key_sum, value_sum = tl.where(kept[:, None], key_sum, 0.0), tl.where(kept[:, None], value_sum, 0.0)
-    _store_rows(key_sum, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
-    _store_rows(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
+    if KIND == "sparse" and PLAN.chosen:
+        pointers = _base(inputs.sparse.chosen, row, head, sparse_first) + places * inputs.sparse.chosen.token
+        # In the row of this program, which has its tokens from `first` on.
+        tokens = tl.load(pointers, mask=kept, other=0) - (first if PLAN.packed else row * inputs.length)
+        _add_rows(key_sum, grad_key, _base(grad_key, row, head, first), tokens, kept, PLAN)
+        _add_rows(value_sum, grad_value, _base(grad_value, row, head, first), tokens, kept, PLAN)
+    else:
+        key_sum, value_sum = tl.where(kept[:, None], key_sum, 0.0), tl.where(kept[:, None], value_sum, 0.0)
+        _store_rows(key_sum, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
+        _store_rows(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
 
 
 @triton.jit
