@@ -2,9 +2,13 @@
 
 What queries see is at most four ranges of keys: the globals, the local blocks, and the sparse keys on the left and on
 the right. A kernel walks through them in one loop, tile by tile; no scores and no gathered windows are ever stored.
-Gradients of queries are gathered by tiles of queries, those of keys by tiles of keys: every number is written once, so
-that results are the same bit by bit from run to run. Where few rows face all tokens (global queries, and the gradients
-of global keys), programs share the tokens in chunks, and `combine` merges their parts.
+Gradients of queries are gathered by tiles of queries, those of keys by tiles of keys: every number is written by one
+program, so that results are the same bit by bit from run to run. (A token that is a sparse key too gets its share as
+such later, by another kernel.) Where few rows face all tokens (global queries, and the gradients of global keys),
+programs share the tokens in chunks, and `combine` merges their parts.
+
+What counts in a loop is how many instructions it has: with all of softmax and dropout they take longer than the
+products. Masks are looked at in tiles that they cut alone, and what is the same in every turn is brought before it.
 
 Softmax is computed with powers of two. A query's normalizer is the logarithm, to base two, of the sum of its
 exponentials; it is infinite where a query has no key, which gives it probabilities of zero.
@@ -599,6 +603,7 @@ def backward_keys(
         if PLAN.dropout:
             query_bits = query_bits.to(tl.uint32, bitcast=True)
             survive = _survives(query_bits[None, :], identities[:, None], inputs.threshold)
+            # Not a plain zero: the compiler would round before it chooses, which takes more instructions.
             survivors = tl.where(survive, probabilities, inputs.survivor_scale * 0.0)
             grads = tl.where(survive, grads, 0.0)
         value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
