@@ -80,6 +80,7 @@ if INTERPRETED:
     interpreter.InterpreterBuilder.create_dot = dot
 
 runs = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="runs in a process of its own, interpreted")
+tiles = pytest.mark.parametrize("wide", [(torch.float32,), ()], ids=["small tiles", "large tiles"])
 HEADS = 2
 
 
@@ -213,7 +214,7 @@ SHAPES = [
 
 
 @runs
-@pytest.mark.parametrize("wide", [(torch.float32,), ()], ids=["small tiles", "large tiles"])
+@tiles
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_plain_attention(shape, wide, monkeypatch):
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
@@ -315,7 +316,7 @@ def test_queries_without_keys_give_zeros():
 
 
 @runs
-@pytest.mark.parametrize("wide", [(torch.float32,), ()], ids=["small tiles", "large tiles"])
+@tiles
 def test_packed_rows_agree_with_rows(wide, monkeypatch):
     """Of three blocks and a bit, of less than two blocks (full attention), of exactly four; and a gap at the end."""
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)

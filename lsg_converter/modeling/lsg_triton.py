@@ -268,7 +268,7 @@ class _Call:
         self.text, self.sparse_text = text, text // self.plan.sparsity_factor
         self.chunks = max(-(-text // GLOBAL_CHUNK), 1)
         self.largest_tile = block_size & -block_size  # of what a program gives, which must lie in one block
-        self.key_tile = 32 if self.wide else 64
+        self.key_tile = 32 if self.wide else 64  # that queries read, and of which `measure` says whether it is whole
         if sparse_keep is not None:
             sparse = self.measure(sparse, sparse_keep.shape[1], self.sparse_text, None)
         tokens, real_lengths = self.inputs.tokens._replace(whole=sparse.whole), query
@@ -301,8 +301,7 @@ class _Call:
 
     def strided_mask(self, keep: torch.Tensor) -> Strided:
         """A mask of shape (batch, 1 or heads, tokens)."""
-        mask = self.strided((keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8))
-        return mask if keep.shape[1] > 1 else mask._replace(head=0)
+        return self.strided((keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8))
 
     def launch(
         self, kernel: Any, tokens: int, tiles: tuple[int, int], *arguments: Any, chunks: int = 1, **options: Any
@@ -338,11 +337,11 @@ class _Call:
         if self.plan.block_size % 128 == 0:
             # 128 registers leave room for two programs on a multiprocessor.
             of_text = settings | {"num_warps": 8, "maxnreg": None if self.large else 128}
-        self.launch(forward, self.text, (128, 64), self.inputs, output, normalizer, GLOBAL=False, **of_text)
+        self.launch(forward, self.text, (128, self.key_tile), self.inputs, output, normalizer, GLOBAL=False, **of_text)
         if self.g:
             g, tile = self.global_rows()
             part, weights = self.part(self.head_dim), self.part(1)
-            arguments = ((tile, 64), self.inputs, part, weights)
+            arguments = ((tile, self.key_tile), self.inputs, part, weights)
             self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, **settings)
             self.launch(combine, g, (tile, 16), part, weights, self.inputs, output, normalizer, WEIGHTED=True)
 
@@ -352,20 +351,21 @@ class _Call:
         grad_query, grad_key, grad_value, *sparse_grads = grads
         inputs, g, tile = self.inputs, *self.global_rows()
         settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
+        of_globals = {"chunks": self.chunks, "num_stages": 2}
         # Queries first: they leave the facts.
         of_queries = (inputs, *states)
-        self.launch(backward_queries, self.text, (64, 64), *of_queries, grad_query, GLOBAL=False, **settings)
+        tiles = 64, self.key_tile
+        self.launch(backward_queries, self.text, tiles, *of_queries, grad_query, GLOBAL=False, **settings)
         if g:
             part = self.part(self.head_dim)
-            settings_of_globals = {"chunks": self.chunks, "num_stages": 2}
-            self.launch(backward_queries, g, (tile, 64), *of_queries, part, GLOBAL=True, **settings_of_globals)
+            self.launch(backward_queries, g, (tile, self.key_tile), *of_queries, part, GLOBAL=True, **of_globals)
             self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, normalizer, WEIGHTED=False)
         query_tile = 32 if self.large else 64
         of_keys = (inputs, grad_output, facts)
         self.launch(backward_keys, self.text, (query_tile, 64), *of_keys, grad_key, grad_value, KIND="text", **settings)
         if g:
             parts = self.part(self.head_dim), self.part(self.head_dim)
-            self.launch(backward_keys, g, (64, tile), *of_keys, *parts, chunks=self.chunks, KIND="global", num_stages=2)
+            self.launch(backward_keys, g, (64, tile), *of_keys, *parts, KIND="global", **of_globals)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
                 self.launch(combine, g, (tile, 16), part, part, inputs, target, normalizer, WEIGHTED=False)
         if self.plan.sparse:
