@@ -10,7 +10,8 @@ from typing import Any
 import transformers
 from transformers.models.auto import modeling_auto
 
-from .modeling.lsg_modeling import LSGConfig, LSGWrapper
+from .modeling.lsg_classes import LSGWrapper, stock_class
+from .modeling.lsg_config import LSGConfig
 from .options import OptionError, SourceError
 
 
@@ -68,11 +69,6 @@ class Family:
         """The name of the Auto class that loads `lsg_class`."""
         names = [name for name, target in self.auto_map.items() if target == f"{self.module}.{lsg_class.__name__}"]
         return min(names, key=lambda name: (name != "AutoModelForSeq2SeqLM", name))
-
-
-def stock_class(lsg_class: Any) -> Any:
-    """The class of Transformers that an LSG class extends."""
-    return lsg_class.__bases__[-1]
 
 
 def model_types() -> list[str]:

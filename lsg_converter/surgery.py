@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
+from .modeling.lsg_config import MAX_GLOBAL_TOKENS
 
 
 def longer_positions(table: torch.Tensor, max_sequence_length: int, offset: int = 0) -> torch.Tensor:

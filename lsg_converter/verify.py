@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from . import families
-from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
+from .modeling.lsg_config import MAX_GLOBAL_TOKENS
 from .options import VerificationError
 from .source import Source, read_parts, tensor_names
 

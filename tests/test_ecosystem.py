@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +58,26 @@ def test_pickles_and_copies(converted):
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert type(again) is type(model)
         assert torch.equal(states(again), states(model))
+
+
+def test_a_pickle_is_read_by_another_process(converted, tmp_path):
+    """Every class of the model stands in its module before a model was made there."""
+    model = AutoModel.from_pretrained(converted, trust_remote_code=True).eval()
+    torch.save((model, states(model)), tmp_path / "model.pt")
+    code = """
+import sys, torch
+from transformers.dynamic_module_utils import init_hf_modules
+
+init_hf_modules()  # which makes the cache of remote code importable
+model, expected = torch.load(sys.argv[1], weights_only=False)
+ids = torch.arange(5, 65)[None]
+more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+with torch.no_grad():
+    assert torch.equal(model(ids, **more)[0], expected)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 def test_device_map(converted, tmp_path):

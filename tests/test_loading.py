@@ -88,12 +88,12 @@ def test_two_folders_with_one_name(converted, tmp_path):
         folder = tmp_path / place / "lsg-model"
         shutil.copytree(converted, folder)
         if place == "b":
-            code = (folder / "lsg_modeling.py").read_text()
-            (folder / "lsg_modeling.py").write_text(
+            code = (folder / "lsg_config.py").read_text()
+            (folder / "lsg_config.py").write_text(
                 code.replace("MAX_GLOBAL_TOKENS = 512", "MAX_GLOBAL_TOKENS = 512 \nMARK = 1")
             )
         models.append(AutoModel.from_pretrained(folder, trust_remote_code=True).eval())
-    modules = [sys.modules[type(model).__module__.rsplit(".", 1)[0] + ".lsg_modeling"] for model in models]
+    modules = [sys.modules[type(model).__module__.rsplit(".", 1)[0] + ".lsg_config"] for model in models]
     assert not hasattr(modules[0], "MARK") and hasattr(modules[1], "MARK")
     with torch.no_grad():
         assert torch.equal(*(model(**inputs_of(model))[0] for model in models))

@@ -3,7 +3,10 @@
 import torch
 from transformers.models.albert import configuration_albert, modeling_albert
 
-from .lsg_modeling import LSGConfig, LSGModel, LSGSelfAttention, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
+from .lsg_modules import LSGSelfAttention
 
 
 class LSGAlbertConfig(LSGConfig, configuration_albert.AlbertConfig): ...

@@ -2,7 +2,9 @@
 
 from transformers.models.bert import configuration_bert, modeling_bert
 
-from .lsg_modeling import LSGConfig, LSGModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
 
 
 class LSGBertConfig(LSGConfig, configuration_bert.BertConfig): ...

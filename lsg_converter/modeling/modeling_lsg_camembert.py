@@ -2,7 +2,9 @@
 
 from transformers.models.camembert import configuration_camembert, modeling_camembert
 
-from .lsg_modeling import LSGConfig, LSGModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
 
 
 class LSGCamembertConfig(LSGConfig, configuration_camembert.CamembertConfig): ...

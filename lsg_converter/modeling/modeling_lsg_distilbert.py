@@ -3,7 +3,10 @@
 import torch
 from transformers.models.distilbert import configuration_distilbert, modeling_distilbert
 
-from .lsg_modeling import LSGConfig, LSGModel, LSGSelfAttention, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
+from .lsg_modules import LSGSelfAttention
 
 
 class LSGDistilBertConfig(LSGConfig, configuration_distilbert.DistilBertConfig): ...

@@ -2,7 +2,9 @@
 
 from transformers.models.electra import configuration_electra, modeling_electra
 
-from .lsg_modeling import LSGConfig, LSGModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
 
 
 class LSGElectraConfig(LSGConfig, configuration_electra.ElectraConfig): ...

@@ -2,7 +2,9 @@
 
 from transformers.models.mbart import configuration_mbart, modeling_mbart
 
-from .lsg_modeling import LSGSeq2SeqConfig, LSGSeq2SeqEncoder, LSGSeq2SeqModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGSeq2SeqConfig
+from .lsg_seq2seq import LSGSeq2SeqEncoder, LSGSeq2SeqModel
 
 
 class LSGMBartConfig(LSGSeq2SeqConfig, configuration_mbart.MBartConfig): ...

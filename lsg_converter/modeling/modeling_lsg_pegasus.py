@@ -2,7 +2,9 @@
 
 from transformers.models.pegasus import configuration_pegasus, modeling_pegasus
 
-from .lsg_modeling import LSGSeq2SeqConfig, LSGSeq2SeqEncoder, LSGSeq2SeqModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGSeq2SeqConfig
+from .lsg_seq2seq import LSGSeq2SeqEncoder, LSGSeq2SeqModel
 
 
 class LSGPegasusConfig(LSGSeq2SeqConfig, configuration_pegasus.PegasusConfig): ...

@@ -2,7 +2,9 @@
 
 from transformers.models.roberta import configuration_roberta, modeling_roberta
 
-from .lsg_modeling import LSGConfig, LSGModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
 
 
 class LSGRobertaConfig(LSGConfig, configuration_roberta.RobertaConfig): ...

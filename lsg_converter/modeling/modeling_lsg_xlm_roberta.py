@@ -2,7 +2,9 @@
 
 from transformers.models.xlm_roberta import configuration_xlm_roberta, modeling_xlm_roberta
 
-from .lsg_modeling import LSGConfig, LSGModel, define_heads
+from .lsg_classes import define_heads
+from .lsg_config import LSGConfig
+from .lsg_modeling import LSGModel
 
 
 class LSGXLMRobertaConfig(LSGConfig, configuration_xlm_roberta.XLMRobertaConfig): ...

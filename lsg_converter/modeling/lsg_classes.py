@@ -1,0 +1,97 @@
+"""How LSG classes are made from stock ones.
+
+An LSG class is a stock class with a mixin in front. All of a family's are made when its module is imported, and they
+stand in it: what one process pickles, another can read.
+"""
+
+import sys
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class LSGAttentionSupport:
+    """What Transformers asks a model class about its attention: LSG has its own "eager" and "sdpa", and no others."""
+
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+
+class LSGWrapper(LSGAttentionSupport):
+    """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends."""
+
+    lsg_part_class: ClassVar[Any]
+    config_class: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        checkpointing = getattr(config, "gradient_checkpointing", False)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for name, part in list(self.named_children()):  # type: ignore[attr-defined]
+            if type(part) is stock_class(self.lsg_part_class):
+                if checkpointing:  # The stock part took it out of the configuration; ours asks for it again.
+                    config.gradient_checkpointing = True
+                options = {}
+                if hasattr(part, "pooler"):
+                    # In Transformers 5.10 some multiple-choice models lack the pooler that they read.
+                    pools = part.pooler is not None or type(self).__name__.endswith("ForMultipleChoice")
+                    options["add_pooling_layer"] = pools
+                setattr(self, name, self.lsg_part_class(config, **options))
+        self.post_init()  # type: ignore[attr-defined]
+
+
+def stock_class(lsg_class: Any) -> Any:
+    """The class of Transformers that an LSG class extends."""
+    return lsg_class.__bases__[-1]
+
+
+def stock_module(lsg_class: Any) -> Any:
+    """The module of Transformers that holds the family of an LSG class."""
+    return sys.modules[stock_class(lsg_class).__module__]
+
+
+def family_name(lsg_class: Any) -> str:
+    """What the names of a family's stock classes begin with, such as "Bert", by its LSG base model or encoder."""
+    return stock_class(lsg_class).__name__.removesuffix("Model").removesuffix("Encoder")
+
+
+def define_class(name: str, mixin: type, stock: type, module: str, **attributes: Any) -> type:
+    """Define the class `name` in `module`: `mixin` over `stock`. A module that is loaded again gets new ones."""
+    attributes = {"__module__": module, "__doc__": stock.__doc__, **attributes}
+    defined = type(name, (mixin, stock), attributes)
+    setattr(sys.modules[module], name, defined)
+    return defined
+
+
+def define_modules(reader: Any) -> dict[type, type]:
+    """Define, beside `reader`, a class for each stock module that `reader.lsg_modules` names.
+
+    Returns:
+        Stock classes, and the LSG class of each.
+    """
+    family, result = family_name(reader), {}
+    for stock in vars(stock_module(reader)).values():
+        if isinstance(stock, type) and issubclass(stock, nn.Module):
+            role = stock.__name__.removeprefix(family)
+            mixin = reader.lsg_modules.get(role)
+            if mixin is not None:
+                made = issubclass(mixin, stock)  # by the family itself
+                result[stock] = mixin if made else define_class(f"LSG{family}{role}", mixin, stock, reader.__module__)
+    return result
+
+
+def define_heads(base_class: Any) -> None:
+    """Define, beside `base_class`, a class for every model with a head in its family's module of Transformers."""
+    family, module = family_name(base_class), stock_module(base_class)
+    attributes = {"config_class": base_class.config_class, "lsg_part_class": base_class}
+    for name, stock in list(vars(module).items()):
+        if (
+            isinstance(stock, type)
+            and issubclass(stock, PreTrainedModel)
+            and stock.__module__ == module.__name__
+            and name.startswith(family)
+            and ("For" in name or "LMHead" in name)
+        ):
+            define_class(f"LSG{name}", LSGWrapper, stock, base_class.__module__, **attributes)

@@ -1,0 +1,138 @@
+"""The fields that LSG adds to a family's configuration, and their rules."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import strict
+from transformers.utils import logging
+
+from .lsg_attention import CHOICES
+from .lsg_sparsity import SPARSITY_TYPES
+
+
+logger = logging.get_logger(__name__)
+
+MAX_GLOBAL_TOKENS = 512
+
+
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
+class LSGConfig:
+    """The fields that LSG adds to a family's configuration.
+
+    Args:
+        num_global_tokens: how many global tokens stand in front of the text, 0 to 512.
+        pool_with_global: whether the final state of the first text token is that of the first global token.
+        mask_first_token: whether the first text token is hidden as a key.
+        block_size: tokens in a block; a query sees its block and the two beside it.
+        sparse_block_size: sparse keys that a query sees on each side.
+        sparsity_factor: how many tokens of text one sparse key stands for.
+        sparsity_type: how sparse keys are made: "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh"; or
+            "none", for no sparse keys.
+        lsh_num_pre_rounds: rounds of merging before the last one, for "lsh".
+        lsh_seed: seed of the rotations of "lsh".
+        adaptive: whether a text whose length is not a multiple of the block is padded to one.
+        attention_kernel: the kernel by its name, "cpu", "portable" or "triton"; None leaves the choice open. It has no
+            say with `attn_implementation="eager"`.
+    """
+
+    num_global_tokens: int = 1
+    pool_with_global: bool = True
+    mask_first_token: bool = False
+    block_size: int = 128
+    sparse_block_size: int = 128
+    sparsity_factor: int = 2
+    sparsity_type: str | None = "norm"
+    lsh_num_pre_rounds: int = 1
+    lsh_seed: int = 0
+    adaptive: bool = True
+    attention_kernel: str | None = None
+
+    # Whether `is_decoder` may be set, which Transformers does where a sequence-to-sequence model is only its decoder.
+    may_be_decoder: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A subclass of a strict configuration is strict only if it is made so again.
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, PreTrainedConfig):
+            strict(cls)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers; the overrides in `kwargs` are validated too."""
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
+
+    def validate_lsg(self) -> None:
+        """Check what the fields must be together.
+
+        Raises:
+            ValueError: which names the field, what was got and what is allowed.
+        """
+        block, sparse = self.block_size, self.sparse_block_size
+        factor, kind = self.sparsity_factor, self.sparsity_type
+        positions = getattr(self, "position_embedding_type", None)
+
+        def require(field: str, holds: bool, allowed: str) -> None:
+            if not holds:
+                raise ValueError(f"{field}: got {getattr(self, field)!r}; allowed is {allowed}")
+
+        require("num_global_tokens", 0 <= self.num_global_tokens <= MAX_GLOBAL_TOKENS, f"0 to {MAX_GLOBAL_TOKENS}")
+        require("block_size", block >= 1, "at least 1")
+        require("sparse_block_size", sparse >= 0, "at least 0, which means no sparse keys")
+        require("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
+        require("sparsity_type", kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
+        kernel = self.attention_kernel
+        require("attention_kernel", kernel in (None, *CHOICES), f"one of {', '.join(CHOICES)}, or none")
+        require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
+        require(
+            "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
+        )
+        causal = getattr(self, "is_decoder", False) and not self.may_be_decoder
+        require("is_decoder", not causal, "False: LSG has no causal form yet")
+        require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
+        if factor and sparse:
+            chunk = min(block, sparse)
+            require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")
+            require(
+                "sparse_block_size",
+                kind not in ("norm", "lsh") or (chunk % factor == 0 and block % chunk == 0),
+                f"with {kind!r} a multiple of sparsity_factor, {factor}, dividing block_size, {block}, or larger",
+            )
+        heads = getattr(self, "num_attention_heads", factor)
+        if kind in ("stride", "block_stride") and factor > heads:
+            logger.warning_once(f"sparsity_factor={factor} with {kind!r} and {heads} heads: no head keeps some tokens")
+
+    @property
+    def attention_arguments(self) -> dict[str, Any]:
+        """The fields that `lsg_attention` takes."""
+        names = (
+            "num_global_tokens",
+            "block_size",
+            "sparse_block_size",
+            "sparsity_factor",
+            "sparsity_type",
+            "lsh_num_pre_rounds",
+            "lsh_seed",
+        )
+        return {name: getattr(self, name) for name in names} | {"kernel": self.kernel}
+
+    @property
+    def kernel(self) -> str:
+        """The kernel as `lsg_attention` takes it."""
+        kernel = self._attn_implementation  # type: ignore[attr-defined]
+        return kernel if kernel == "eager" or self.attention_kernel is None else self.attention_kernel
+
+
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
+class LSGSeq2SeqConfig(LSGConfig):
+    """The fields for encoder-decoder models, whose encoder has LSG.
+
+    Args:
+        pass_global_tokens_to_decoder: whether the decoder sees the global tokens' final states too; then nothing is
+            pooled with them.
+    """
+
+    pass_global_tokens_to_decoder: bool = True
+    may_be_decoder: ClassVar[bool] = True

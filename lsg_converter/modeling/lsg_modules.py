@@ -1,0 +1,141 @@
+"""What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .lsg_attention import lsg_attention
+from .lsg_config import MAX_GLOBAL_TOKENS
+from .lsg_packing import pack_rows, unpack_rows
+
+
+class LSGEmbeddings:
+    """Mixed into a family's embeddings: global tokens stand in front of the text.
+
+    LayerNorm and dropout work token by token, so the stock forward serves the text, and the globals join after it.
+    """
+
+    config: Any
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+
+    def adopt(self, config: Any) -> None:
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, self.LayerNorm.weight.shape[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        text = super().forward(*args, **kwargs)  # type: ignore[misc]
+        tokens = self.LayerNorm(global_tokens(self, text))
+        return torch.cat([self.dropout(tokens), text], dim=1)
+
+
+def global_tokens(module: Any, text: torch.Tensor) -> torch.Tensor:
+    """The embeddings of the global tokens for a batch, shape (batch, g, width), before LayerNorm and dropout."""
+    index = torch.arange(module.config.num_global_tokens, device=text.device)
+    return module.global_embeddings(index).expand(text.shape[0], -1, -1)
+
+
+class LSGPositions:
+    """Mixed into the position embeddings of an encoder. The encoder adds them to the text before the global tokens,
+    which have none, come in front; what the stock forward asks for later adds nothing."""
+
+    weight: torch.Tensor
+
+    def forward(self, *args: Any, length: int | None = None, **kwargs: Any) -> torch.Tensor:
+        """The positions of a text of `length` tokens, shape (length, width); without it, a zero."""
+        if length is None:
+            return self.weight.new_zeros(())
+        first = getattr(self, "offset", 0)
+        return self.weight[first : first + length]
+
+
+class LSGComputedPositions(LSGPositions):
+    """The same for positions that are not trained."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().forward(*args, **kwargs).detach()
+
+
+class LSGSelfAttention:
+    """Mixed into a self-attention: its projections, then `lsg_attention`, then what the family does with the result."""
+
+    config: Any
+    training: bool
+    projections: ClassVar[tuple[str, str, str]] = ("query", "key", "value")
+    dropout_name: ClassVar[str] = "dropout"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *args: Any,
+        row_lengths: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `row_lengths`
+        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
+        query, key, value = (
+            getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+            for name in self.projections
+        )
+        dropout = getattr(self, self.dropout_name)
+        output, probabilities = lsg_attention(
+            query,
+            key,
+            value,
+            attention_mask[:, 0, 0],
+            **self.config.attention_arguments,
+            dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
+            row_lengths=row_lengths,
+        )
+        return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
+
+    def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What a family's attention module does with its heads' outputs and its input, (batch, g + t, width) each."""
+        return output
+
+
+class LSGSeq2SeqAttention(LSGSelfAttention):
+    """Mixed into the self-attention of a BART-like encoder."""
+
+    projections: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
+
+    def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(output)  # type: ignore[attr-defined]
+
+
+def cut_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
+    """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width)."""
+    g = config.num_global_tokens
+    if config.pool_with_global and g > 0:
+        return torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
+    return states[:, g:]
+
+
+def passes_global_tokens(config: Any) -> bool:
+    """Whether an encoder gives a decoder its global tokens too."""
+    return getattr(config, "pass_global_tokens_to_decoder", False)
+
+
+class LSGEncoder:
+    """Mixed into a family's encoder: its layers see real tokens alone, where that can be had; what leaves it, and
+    reaches poolers and heads, has the positions of the text."""
+
+    config: Any
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *args: Any,
+        row_lengths: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        length = hidden_states.shape[1]
+        if row_lengths is not None:
+            hidden_states, attention_mask = pack_rows(hidden_states, attention_mask, row_lengths)
+            kwargs["row_lengths"] = row_lengths
+        outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        states = unpack_rows(outputs.last_hidden_state, row_lengths, length)
+        outputs["last_hidden_state"] = cut_global_tokens(states, self.config)
+        return outputs

@@ -1,0 +1,111 @@
+"""What encoder-decoder models add: an encoder puts the global tokens in itself, and may pass them on to the decoder."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from .lsg_classes import LSGWrapper, stock_class
+from .lsg_config import MAX_GLOBAL_TOKENS
+from .lsg_modeling import LSGReader, argument_names
+from .lsg_modules import (
+    LSGComputedPositions,
+    LSGPositions,
+    LSGSeq2SeqAttention,
+    cut_global_tokens,
+    global_tokens,
+    passes_global_tokens,
+)
+from .lsg_packing import pack_rows
+
+
+class LSGSeq2SeqEncoder(LSGReader):
+    """Mixed into the encoder of an encoder-decoder family.
+
+    `scales_outside` says whether the encoder scales the word embeddings, and not the embedding module.
+    """
+
+    lsg_modules = {
+        "LearnedPositionalEmbedding": LSGPositions,
+        "SinusoidalPositionalEmbedding": LSGComputedPositions,
+        "Attention": LSGSeq2SeqAttention,
+    }
+    scales_outside: ClassVar[bool] = False
+
+    def adopt(self, config: Any) -> None:
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
+
+    def put_in(self, arguments: dict[str, Any]) -> None:
+        text = arguments.get("inputs_embeds")
+        if text is None:
+            text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
+            if self.scales_outside:
+                text = text * self.embed_scale  # type: ignore[attr-defined]
+        tokens = global_tokens(self, text).to(text.dtype)
+        text = text + self.embed_positions(length=text.shape[1])  # type: ignore[attr-defined]
+        states, mask = torch.cat([tokens, text], dim=1), arguments["attention_mask"]
+        if arguments.get("row_lengths") is not None:
+            states, mask = pack_rows(states, mask, arguments["row_lengths"])
+        arguments["inputs_embeds"], arguments["attention_mask"] = states, mask
+
+    def cut_off(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        config = self.config  # type: ignore[attr-defined]
+        last = unpack(outputs.last_hidden_state)
+        last = outputs["last_hidden_state"] = last if passes_global_tokens(config) else cut_global_tokens(last, config)
+        if outputs.get("hidden_states"):
+            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
+        super().cut_off(outputs, unpack)
+
+
+class LSGSeq2SeqModel(LSGWrapper):
+    """Mixed into the base model of an encoder-decoder family: its encoder has LSG, its decoder is the stock one."""
+
+    position_tables: ClassVar[tuple[str, ...]] = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
+    global_table: ClassVar[str] = "encoder.global_embeddings.weight"
+    global_token_type: ClassVar[bool] = False
+    sinusoidal_positions: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = stock_class(cls)
+        if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGSeq2SeqModel):
+            cls.forward = with_lsg_encoder(stock.forward)  # type: ignore[attr-defined]
+
+    @classmethod
+    def special_positions(cls, config: Any) -> int:
+        """As `LSGReader.special_positions`."""
+        return cls.lsg_part_class.special_positions(config)
+
+    @classmethod
+    def counted_positions(cls, config: Any) -> int:
+        """As `LSGReader.counted_positions`."""
+        return cls.lsg_part_class.counted_positions(config)
+
+
+def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on."""
+    names = argument_names(stock_forward)
+
+    @wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("encoder_outputs") is None:
+            others = {name: value for name, value in kwargs.items() if name not in (*names, "return_dict")}
+            kwargs["encoder_outputs"] = self.encoder(
+                input_ids=kwargs.get("input_ids"),
+                attention_mask=mask,
+                inputs_embeds=kwargs.get("inputs_embeds"),
+                return_dict=True,
+                **others,
+            )
+        if mask is not None:
+            passed = kwargs["encoder_outputs"][0].shape[1] - mask.shape[-1]
+            kwargs["attention_mask"] = F.pad(mask, (passed, 0), value=1)
+        return stock_forward(self, **kwargs)
+
+    return forward
