@@ -124,15 +124,15 @@ class Mask:
         return probabilities * kept.view(probabilities.shape) / 0.75
 
     def cpu(self, attention, number):
-        job, heads = attention.jobs[number], slice(attention.first_head, attention.first_head + attention.heads)
-        first = job.start // self.tokens * self.tokens
-        mask = attention.scores("mask", job).zero_()
-        for columns, part in zip(job.split(mask, dim=2), job.keys, strict=False):
-            sparse = part.tensor == lsg_cpu.SPARSE
-            length = attention.tensors[part.tensor].shape[1] * self.tokens // attention.tensors[0].shape[1]
-            start = part.start - first // self.tokens * length
-            kept = self.kept[first // self.tokens, heads, job.start - first : job.stop - first, int(sparse)]
-            columns.copy_(kept[:, :, start : start + part.stop - part.start])
+        tile, heads = attention.tiles[number], slice(attention.first_head, attention.first_head + attention.heads)
+        first = tile.start // self.tokens * self.tokens
+        mask = torch.zeros(attention.heads, tile.stop - tile.start, tile.num_columns, dtype=attention.dtype)
+        for columns, keys in zip(tile.split(mask, dim=2), tile.key_ranges, strict=False):
+            sparse = keys.tensor == lsg_cpu.SPARSE
+            length = attention.tensors[keys.tensor].shape[1] * self.tokens // attention.tensors[0].shape[1]
+            start = keys.start - first // self.tokens * length
+            kept = self.kept[first // self.tokens, heads, tile.start - first : tile.stop - first, int(sparse)]
+            columns.copy_(kept[:, :, start : start + keys.stop - keys.start])
         return mask
 
 
@@ -150,7 +150,7 @@ def test_dropout_agrees_with_eager(shape, kind, kernel):
             with (
                 mock.patch.object(module.F, "dropout", mask.eager),
                 mock.patch.object(
-                    lsg_cpu.Attention, "dropout_mask", lambda self, number, mask=mask: mask.cpu(self, number)
+                    lsg_cpu.TiledAttention, "dropout_mask", lambda self, number, mask=mask: mask.cpu(self, number)
                 ),
                 mock.patch.object(module, "sdpa_kernel", module.eager_kernel),  # torch's own draws cannot be given
             ):
@@ -202,17 +202,17 @@ def test_gradients_are_those_of_the_output(kind):
 @pytest.mark.parametrize("g", [0, 1, 5])
 def test_rows_end_to_end_are_rows_alone(kind, g):
     """A batch of one that holds rows end to end, short ones too, and one with a hole and padding on the left."""
-    row_lengths = [g + t for t in (30, 3, 9, 8, 17, 1)]
+    seqlens = [g + t for t in (30, 3, 9, 8, 17, 1)]
     generator = torch.Generator().manual_seed(0)
-    tensors = torch.randn(3, 1, HEADS, sum(row_lengths), WIDTH, generator=generator, dtype=torch.float64)
-    keep = torch.ones(1, sum(row_lengths), dtype=torch.bool)
+    tensors = torch.randn(3, 1, HEADS, sum(seqlens), WIDTH, generator=generator, dtype=torch.float64)
+    keep = torch.ones(1, sum(seqlens), dtype=torch.bool)
     keep[0, g : g + 2] = keep[0, g + 14] = False
     options = arguments((4, 4, 2), kind, g)
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    packed, _ = lsg_attention(*leaves, keep, **options, row_lengths=row_lengths)
+    packed, _ = lsg_attention(*leaves, keep, **options, seqlens=seqlens)
     packed.square().sum().backward()
     others = [tensor.clone().requires_grad_() for tensor in tensors]
-    split = zip(*(x.split(row_lengths, 2) for x in others), keep.split(row_lengths, 1), strict=True)
+    split = zip(*(x.split(seqlens, 2) for x in others), keep.split(seqlens, 1), strict=True)
     alone = torch.cat([lsg_attention(*row, **options, kernel="eager")[0] for row in split], dim=2)
     alone.square().sum().backward()
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
@@ -329,5 +329,5 @@ def test_errors_say_what_is_allowed():
         lsg_attention(*tensors, keep, kernel="flash")
     with pytest.raises(ValueError, match=r"sparsity_type: got 'best'; use one of none, norm"):
         lsg_attention(*tensors, keep, **arguments((4, 4, 2), "best"))
-    with pytest.raises(ValueError, match=r"keep \(3, 31\); got .* and \(3, 30\)"):
+    with pytest.raises(ValueError, match=r"attention_mask \(3, 31\); got .* and \(3, 30\)"):
         lsg_attention(*tensors, keep[:, 1:])

@@ -18,7 +18,7 @@ import torch
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
-from lsg_converter.modeling.lsg_layout import flat_rows, pad_to_multiple, take_rows
+from lsg_converter.modeling.lsg_layout import LSGLayout, SparseKeys, flat_rows, pad_to_multiple, take_rows
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
@@ -26,7 +26,7 @@ from lsg_converter.modeling.lsg_triton import (
     fused_attention,
     triton_serves,
 )
-from lsg_converter.modeling.lsg_triton_kernels import SPARSE_IDENTITY
+from lsg_converter.modeling.lsg_triton_kernels import FIRST_SPARSE_ID
 
 
 triton = pytest.importorskip("triton")
@@ -99,8 +99,8 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
 
-def sizes(block, sparse, factor, g):
-    return g, block, sparse, factor
+def layout(block, sparse, factor, g):
+    return LSGLayout.from_fields(g, block, sparse, factor, "norm")
 
 
 def inputs(t, g, width, dtype=torch.float32, batch=2):
@@ -166,12 +166,12 @@ def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=
     leaves = [*states, *sparse]
     seed = torch.tensor([2**40 + 7], device=DEVICE)
     tokens = [x.transpose(1, 2) for x in states]
-    parts = (*sparse, sparse_keep) if window else None
+    parts = SparseKeys(sparse_keep, *sparse) if window else None
     output = fused_attention(
         *tokens,
         keep if masked else None,
         parts,
-        sizes(block, window, factor, g),
+        layout(block, window, factor, g),
         dropout=dropout,
         seed=seed if dropout else None,
     )
@@ -181,7 +181,7 @@ def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=
     survive = None
     if dropout:
         keys = torch.arange(g + t, device=DEVICE)
-        keys = torch.cat([keys, SPARSE_IDENTITY + torch.arange(sparse[0].shape[2] if window else 0, device=DEVICE)])
+        keys = torch.cat([keys, FIRST_SPARSE_ID + torch.arange(sparse[0].shape[2] if window else 0, device=DEVICE)])
         survive = dropout_keep_mask(seed, batch * HEADS, torch.arange(g + t, device=DEVICE), keys, dropout)
     expected = dense(
         *(x.transpose(1, 2) for x in wide[:3]),
@@ -254,7 +254,9 @@ def test_half_precision_is_near(dtype):
     wide = [x.detach().double().requires_grad_() for x in states]
     sparse, sparse_keep = sparse_inputs(70, 32, 2, 32, dtype=dtype, batch=1)
     wide_sparse = [x.detach().double().requires_grad_() for x in sparse]
-    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, (*sparse, sparse_keep), sizes(32, 32, 2, 1))
+    output = fused_attention(
+        *(x.transpose(1, 2) for x in states), keep, SparseKeys(sparse_keep, *sparse), layout(32, 32, 2, 1)
+    )
     expected = dense(
         *(x.transpose(1, 2) for x in wide), keep, (*wide_sparse, sparse_keep), g=1, block=32, window=32, factor=2
     )
@@ -279,7 +281,7 @@ def test_dropout_follows_from_the_seed():
     tokens = [x.transpose(1, 2) for x in states]
 
     def run(seed=None):
-        return fused_attention(*tokens, None, None, sizes(32, 0, 0, 1), dropout=0.5, seed=seed)
+        return fused_attention(*tokens, None, None, layout(32, 0, 0, 1), dropout=0.5, seed=seed)
 
     seeds = [torch.tensor([seed], device=DEVICE) for seed in (1, 1, 2)]
     first, again, other = (run(seed) for seed in seeds)
@@ -309,7 +311,7 @@ def test_dropout_masks_look_random():
 def test_queries_without_keys_give_zeros():
     states, keep = inputs(70, 1, 16)
     keep[1] = False
-    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, sizes(32, 0, 0, 1))
+    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, layout(32, 0, 0, 1))
     assert not output[1].any() and output.isfinite().all()
     grads = gradients(output, states)
     assert all(grad.isfinite().all() and not grad[1].any() for grad in grads)
@@ -333,8 +335,8 @@ def test_packed_rows_agree_with_rows(wide, monkeypatch):
     output = fused_attention(
         *(x.transpose(1, 2) for x in states),
         keep,
-        (*parts, sparse_keep),
-        sizes(block, window, factor, g),
+        SparseKeys(sparse_keep, *parts),
+        layout(block, window, factor, g),
         cu_seqlens=ends.to(DEVICE, torch.int32),
         max_seqlen=140,
     )
@@ -374,9 +376,9 @@ def test_chosen_tokens_are_read_where_they_lie(packed, monkeypatch):
         ends = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32) * (g + t)
         options |= {"cu_seqlens": ends, "max_seqlen": g + t}
     gathered = [take_rows(x, flat_rows(index)) for x in tokens[1:]]
-    numbers = sizes(32, 48, factor, g)
-    output = fused_attention(*tokens, keep, (index, sparse_keep), numbers, **options)
-    expected = fused_attention(*tokens, keep, (*gathered, sparse_keep), numbers, **options)
+    numbers = layout(32, 48, factor, g)
+    output = fused_attention(*tokens, keep, SparseKeys(sparse_keep, token_index=index), numbers, **options)
+    expected = fused_attention(*tokens, keep, SparseKeys(sparse_keep, *gathered), numbers, **options)
     close([output], [expected], 1e-6)
     close(gradients(output, states), gradients(expected, states))
 
@@ -388,8 +390,8 @@ def test_compiles_into_one_graph():
 
     def attend(query, key, value, sparse_key, sparse_value, dropout):
         tokens = (x.transpose(1, 2) for x in (query, key, value))
-        sparse = (sparse_key, sparse_value, sparse_keep)
-        return fused_attention(*tokens, keep, sparse, sizes(32, 32, 2, 1), dropout=dropout)
+        sparse = SparseKeys(sparse_keep, sparse_key, sparse_value)
+        return fused_attention(*tokens, keep, sparse, layout(32, 32, 2, 1), dropout=dropout)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     leaves = [*states, *sparse]
@@ -404,14 +406,14 @@ def test_copies_of_the_file_live_side_by_side():
     """As when several checkpoints are loaded, or one of them twice."""
     states, keep = inputs(30, 1, 16, batch=1)
     tokens = [x.transpose(1, 2) for x in states]
-    outputs = [fused_attention(*tokens, keep, None, sizes(32, 0, 0, 1))]
+    outputs = [fused_attention(*tokens, keep, None, layout(32, 0, 0, 1))]
     modules = []
     for name in ("copy_one", "copy_two", "copy_one"):
         spec = importlib.util.spec_from_file_location(f"lsg_converter.modeling.{name}", lsg_triton.__file__)
         modules.append(importlib.util.module_from_spec(spec))
         spec.loader.exec_module(modules[-1])
     assert len({module._NAMESPACE for module in modules}) == 3  # A name defined again would be lost to the first.
-    outputs += [module.fused_attention(*tokens, keep, None, sizes(32, 0, 0, 1)) for module in modules]
+    outputs += [module.fused_attention(*tokens, keep, None, layout(32, 0, 0, 1)) for module in modules]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert all(gradients(output, states)[0].any() for output in outputs)
 
@@ -425,7 +427,7 @@ def test_largest_norms(shape):
     key = states[1].detach().transpose(1, 2)
     key[0, 0, g + 5] = key[0, 0, g + 6]  # of equal norms the first is chosen
     index, kept = choose_largest_norm(key, keep[:, None], g, block, chunk, factor)
-    places = largest_norm(key[:, :, g:], keep[:, None, g:], factor, chunk, block)
+    places = largest_norm(key[:, :, g:], keep[:, None, g:], LSGLayout(g, block, chunk, factor))
     padded = pad_to_multiple(keep[:, None, g:], block, dim=2).expand(-1, HEADS, -1)
     assert index.shape == places.shape and torch.equal(kept, padded.gather(2, places))
     places = places + g + (g + t) * torch.arange(batch, device=DEVICE)[:, None, None]
@@ -439,7 +441,7 @@ def test_it_is_the_choice_where_a_trial_agrees(monkeypatch):
 
     def choose(dropout=0.0):
         attention.try_triton.cache_clear()
-        return attention.choose_kernel(query, "sdpa", sizes(32, 32, 2, 1), dropout)
+        return attention.choose_kernel(query, "sdpa", layout(32, 32, 2, 1), dropout)
 
     state = (torch.cuda if NATIVE else torch).get_rng_state()
     with torch.inference_mode():
@@ -455,18 +457,18 @@ def test_it_is_the_choice_where_a_trial_agrees(monkeypatch):
 @runs
 def test_says_what_it_cannot_do():
     query = torch.zeros(1, 2, 100, 64, device=DEVICE)
-    assert triton_serves(query, sizes(32, 32, 2, 1)) is None
-    assert "head_dim" in triton_serves(query[..., :48], sizes(32, 32, 2, 1))
-    assert "float64" in triton_serves(query.double(), sizes(32, 32, 2, 1))
-    assert "block_size" in triton_serves(query, sizes(20, 32, 2, 1))
-    assert "global" in triton_serves(query, sizes(32, 32, 2, 513))
+    assert triton_serves(query, layout(32, 32, 2, 1)) is None
+    assert "head_dim" in triton_serves(query[..., :48], layout(32, 32, 2, 1))
+    assert "float64" in triton_serves(query.double(), layout(32, 32, 2, 1))
+    assert "block_size" in triton_serves(query, layout(20, 32, 2, 1))
+    assert "global" in triton_serves(query, layout(32, 32, 2, 513))
     with pytest.raises(ValueError, match="kernel: got 'triton', and it takes float32, bfloat16 and float16"):
         lsg_attention(*[query.double()] * 3, torch.ones(1, 100, dtype=torch.bool), kernel="triton")
 
 
 @pytest.mark.skipif(INTERPRETED or NATIVE, reason="asks for a process that compiles, without a GPU")
 def test_needs_a_gpu():
-    assert "CUDA" in triton_serves(torch.zeros(1, 2, 100, 64), sizes(32, 32, 2, 1))
+    assert "CUDA" in triton_serves(torch.zeros(1, 2, 100, 64), layout(32, 32, 2, 1))
 
 
 class Target:
@@ -531,7 +533,7 @@ def test_compiled_for_sm_90_without_spills(case, tmp_path):
     assert len({name for name, _ in kernels}) == 10
     for number, (name, compiled) in enumerate(kernels):
         code = compiled.asm["ptx"]
-        if name not in ("combine", "choose", "measure"):
+        if name not in ("combine", "choose", "scan_mask"):
             assert "cp.async" in code, name
             small = "global" in name or 32 in case
             assert ("mma.sync" if small else "wgmma.mma_async") in code, name

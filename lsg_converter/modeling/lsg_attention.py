@@ -14,21 +14,27 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
-from .lsg_layout import Sequence, Window, local_window, pad_to_multiple, sparse_windows, take_windows
+from .lsg_layout import KeyValues, LSGLayout, SparseKeys, pad_to_multiple, take_windows
 from .lsg_sparsity import sparsify
 from .lsg_triton import fused_attention, triton_serves
 
 
 logger = logging.get_logger(__name__)
 
+# What `attn_implementation` may be, and the kernels that "sdpa" chooses from.
+ATTN_IMPLEMENTATIONS = ("eager", "sdpa")
+KERNELS = ("cpu", "portable", "triton")
+
 Probabilities = tuple[torch.Tensor, torch.Tensor]
+# Softmax attention to all keys: of query, key, value, mask and dropout it gives output and probabilities.
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def lsg_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor,
+    attention_mask: torch.Tensor,
     *,
     num_global_tokens: int = 1,
     block_size: int = 128,
@@ -39,111 +45,92 @@ def lsg_attention(
     lsh_seed: int = 0,
     dropout: float = 0.0,
     kernel: str = "sdpa",
-    row_lengths: list[int] | None = None,
+    seqlens: list[int] | None = None,
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
 
     Args:
         query, key, value: shape (batch, heads, g + t, head_dim): `g = num_global_tokens` globals, then `t` text tokens.
-        keep: boolean, shape (batch, g + t): True where a token may be attended to.
+        attention_mask: boolean, shape (batch, g + t): True where a token may be attended to.
         dropout: the probability with which a probability is dropped.
         kernel: "eager", which is the plain reference and also returns its probabilities; "sdpa", which takes what
-            `choose_kernel` says; or one of these by its name.
-        row_lengths: where a batch of one holds rows end to end, how many tokens each has, the globals included; with
-            the kernel for CPUs alone.
+            `choose_kernel` says; or one of `KERNELS` by its name.
+        seqlens: the tokens of each row, the globals included, where a batch of one holds rows end to end. The "cpu"
+            kernel alone takes them.
 
     Returns:
-        The output, of the shape of `query`; it is zero where a query has no key, and means nothing behind the last
-        token of a row that is kept. With "eager" also the probabilities, before dropout: those of the text queries and
-        those of the global queries, of shapes (batch, heads, t, keys) and (batch, heads, g, g + t). The keys of a text
-        query in block `i` are the globals, the text blocks `i - 1`, `i`, `i + 1`, the `S` sparse keys on the left and
-        the `S` on the right; for `t <= 2 * block_size` they are all `g + t` keys.
+        The output, of the shape of `query`. It is zero where a query has no key, and means nothing behind the last
+        token of a row that is not masked. With "eager" also the probabilities, before dropout: those of the text
+        queries and those of the global queries, of shapes (batch, heads, t, keys) and (batch, heads, g, g + t). The
+        keys of a text query in block `i` are the globals, the text blocks `i - 1`, `i`, `i + 1`, the sparse keys on the
+        left and those on the right; for `t <= 2 * block_size` they are all `g + t` keys.
 
     Raises:
-        ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, or the kernel has no rows end
-            to end.
+        ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, or a kernel takes no `seqlens`.
     """
     batch, _, length, _ = query.shape
-    if key.shape != query.shape or value.shape != query.shape or keep.shape != (batch, length):
+    if key.shape != query.shape or value.shape != query.shape or attention_mask.shape != (batch, length):
         raise ValueError(
-            f"key and value must have the shape of query, {tuple(query.shape)}, and keep {(batch, length)}; "
-            f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(keep.shape)}"
+            f"key and value must have the shape of query, {tuple(query.shape)}, and attention_mask {(batch, length)}; "
+            f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(attention_mask.shape)}"
         )
-    g, sizes = num_global_tokens, (num_global_tokens, block_size, sparse_block_size, sparsity_factor)
-    kernel = choose_kernel(query, kernel, sizes, dropout)
-    if row_lengths is not None and not (kernel == "cpu" and batch == 1 and sum(row_lengths) == length):
+    layout = LSGLayout.from_fields(num_global_tokens, block_size, sparse_block_size, sparsity_factor, sparsity_type)
+    kernel = choose_kernel(query, kernel, layout, dropout)
+    if seqlens is not None and not (kernel == "cpu" and batch == 1 and sum(seqlens) == length):
         raise ValueError(
-            f"row_lengths: got {row_lengths} for the {kernel!r} kernel and query of shape {tuple(query.shape)}; they "
-            "go with 'cpu' and a batch of one, and add up to its tokens"
+            f"seqlens: got {seqlens} for the {kernel!r} kernel and query of shape {tuple(query.shape)}; they go with "
+            "'cpu' and a batch of one, and add up to its tokens"
         )
     attend = eager_kernel if kernel == "eager" else sdpa_kernel
 
-    if row_lengths is None and length - g <= 2 * block_size:
-        output, probabilities = attend(query, key, value, keep[:, None, None], dropout)
+    g = num_global_tokens
+    if seqlens is None and layout.is_short(length - g):
+        output, probabilities = attend(query, key, value, attention_mask[:, None, None], dropout)
         return output, probabilities if probabilities is None else (probabilities[:, :, g:], probabilities[:, :, :g])
-
-    def whole_blocks(tokens: torch.Tensor) -> torch.Tensor:
-        """The text, padded."""
-        return pad_to_multiple(tokens[:, :, g:], block_size, dim=2)
 
     shorten = partial(
         sparsify,
-        num_global_tokens=g,
-        block_size=block_size,
-        sparse_block_size=sparse_block_size,
-        sparsity_factor=sparsity_factor,
+        layout=layout,
         sparsity_type=sparsity_type,
         lsh_num_pre_rounds=lsh_num_pre_rounds,
         lsh_seed=lsh_seed,
         fused=kernel == "triton",
         in_place=kernel in ("cpu", "triton"),
     )
-    tokens = query, key, value, keep[:, None]
+    tokens = query, key, value, attention_mask[:, None]
     if kernel == "cpu":
-        joined = sparse_end_to_end(tokens, row_lengths or [length], g + 2 * block_size, shorten)
-        return cpu_attention(query, key, value, keep, joined, row_lengths, sizes, dropout), None
+        packed = sparsify_packed(tokens, seqlens or [length], layout, shorten)
+        return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout), None
     sparse = shorten(*tokens)
     if kernel == "triton":
-        return fused_attention(query, key, value, keep, sparse, sizes, dropout), None
-    text_key, text_value, text_keep = map(whole_blocks, tokens[1:])
-    sequences = [
-        Sequence(key[:, :, :g], value[:, :, :g], keep[:, None, :g], (Window(offset=0, size=g, step=0),)),
-        Sequence(text_key, text_value, text_keep, (local_window(block_size),)),
-    ]
-    if sparse is not None:
-        sparse_key, sparse_value, sparse_keep = sparse
-        windows = sparse_windows(block_size, sparse_block_size, sparsity_factor)
-        sequences.append(Sequence(sparse_key, sparse_value, sparse_keep, windows))
-    output, probabilities = all_at_once(whole_blocks(query), sequences, block_size, dropout, attend)
-    output = output[:, :, : length - g]
-
-    global_output, global_probabilities = attend(query[:, :, :g], key, value, keep[:, None, None], dropout)
-    output = torch.cat([global_output, output], dim=2)
-    if probabilities is None or global_probabilities is None:
-        return output, None
-    return output, (probabilities[:, :, : length - g], global_probabilities)
+        return fused_attention(query, key, value, attention_mask, sparse, layout, dropout), None
+    return blockwise_attention(query, key, value, attention_mask, sparse, layout, dropout, attend)
 
 
-def sparse_end_to_end(
+def sparsify_packed(
     tokens: tuple[torch.Tensor, ...],
-    row_lengths: list[int],
-    short: int,
-    shorten: Callable[..., tuple[torch.Tensor, ...] | None],
-) -> list[torch.Tensor]:
-    """What `shorten` gives for the rows that stand end to end and have more than `short` tokens, joined; nothing where
-    it gives nothing. `tokens` are queries, keys, values and mask."""
+    seqlens: list[int],
+    layout: LSGLayout,
+    shorten: Callable[..., SparseKeys | None],
+) -> SparseKeys | None:
+    """The sparse keys of rows that stand end to end, joined: those of the rows that are not short. `tokens` are
+    queries, keys, values and mask."""
     first = 0
-    each: list[tuple[torch.Tensor, ...]] = []
-    for row in zip(*(x.split(row_lengths, dim=2) for x in tokens), strict=True):
-        sparse = shorten(*row) if row[0].shape[2] > short else None
+    parts: list[SparseKeys] = []
+    for row in zip(*(x.split(seqlens, dim=2) for x in tokens), strict=True):
+        length = row[0].shape[2]
+        sparse = None if layout.is_short(length - layout.num_global_tokens) else shorten(*row)
         if sparse is not None:
-            # Where there are no keys and values, there are places.
-            each.append(sparse if len(sparse) > 2 else (first + sparse[0], sparse[1]))
-        first += row[0].shape[2]
-    return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*each, strict=True)]
+            index = sparse.token_index
+            parts.append(sparse if index is None else sparse._replace(token_index=index + first))
+        first += length
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    masks, *states = zip(*parts, strict=True)
+    return SparseKeys(torch.cat(masks, dim=2), *(None if x[0] is None else torch.cat(x, dim=2) for x in states))
 
 
-def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, int], dropout: float = 0.0) -> str:
+def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: float = 0.0) -> str:
     """Which kernel computes the attention of texts of more than two blocks, if `kernel` is asked for.
 
     "sdpa" leaves the choice: "cpu" (`lsg_cpu`) on a CPU, row by row and block by block; "triton" (`lsg_triton`) on a
@@ -152,26 +139,26 @@ def choose_kernel(query: torch.Tensor, kernel: str, sizes: tuple[int, int, int, 
 
     Args:
         query, dropout: as `lsg_attention` takes them.
-        sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
 
     Raises:
         ValueError: where `kernel` is unknown, or cannot run here.
     """
-    if kernel not in (*KERNELS, *CHOICES):
-        raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join((*KERNELS, *CHOICES))}")
+    known = (*ATTN_IMPLEMENTATIONS, *KERNELS)
+    if kernel not in known:
+        raise ValueError(f"kernel: got {kernel!r}; use one of {', '.join(known)}")
     reason = None
     if kernel == "sdpa":
         kernel = "portable"
         if cpu_kernel_serves(query):
             kernel = "cpu"
-        elif triton_serves(query, sizes) is None and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+        elif triton_serves(query, layout) is None and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
             training = query.requires_grad and torch.is_grad_enabled()
-            fault = triton_fault(query.device, query.dtype, query.shape[-1], sizes, training, dropout > 0)
+            fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0)
             kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
     elif kernel == "triton":
-        reason = triton_serves(query, sizes)
+        reason = triton_serves(query, layout)
     if reason is not None:
         raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open with 'sdpa'")
     if not torch.compiler.is_compiling():
@@ -184,18 +171,16 @@ def try_triton(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    sizes: tuple[int, int, int, int],
+    layout: LSGLayout,
     training: bool,
     dropping: bool,
 ) -> str | None:
     """Try the kernel "triton" on a short text, against "portable": what is wrong with it here, or None. Triton needs a
     compiler and a driver that suit it, and a GPU with room for its tiles."""
-    g, block, sparse, factor = sizes
-    chunk = min(block, sparse)
-    even = factor and chunk and chunk % factor == 0 and block % chunk == 0
-    names = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
-    options: dict[str, Any] = dict(zip(names, sizes, strict=True))
-    options["sparsity_type"] = "norm" if even else "stride"
+    g, block, _, factor = layout
+    chunk = layout.chunk_size
+    even = chunk and chunk % factor == 0 and block % chunk == 0
+    options: dict[str, Any] = layout._asdict() | {"sparsity_type": "norm" if even else "stride"}
     generator = torch.Generator(device).manual_seed(0)
     fault = None
     try:
@@ -207,12 +192,12 @@ def try_triton(
         ):
             shape = (3, 1, 2, g + 3 * block + 1, head_dim)
             tokens = torch.randn(shape, generator=generator, device=device).to(dtype)
-            keep = torch.arange(shape[3], device=device)[None] < shape[3] - block // 2
+            mask = torch.arange(shape[3], device=device)[None] < shape[3] - block // 2
 
             def run(kernel: str, dropout: float = 0.0) -> list[torch.Tensor]:
                 leaves = [x.clone().requires_grad_(training) for x in tokens]
                 output, _ = lsg_attention(
-                    leaves[0], leaves[1], leaves[2], keep, **options, dropout=dropout, kernel=kernel
+                    leaves[0], leaves[1], leaves[2], mask, **options, dropout=dropout, kernel=kernel
                 )
                 output = output[:, :, : shape[3] - block // 2]
                 return [output, *(torch.autograd.grad(output.float().square().sum(), leaves) if training else ())]
@@ -236,50 +221,67 @@ def triton_fault(*arguments: Any) -> str | None:
     return try_triton(*arguments)
 
 
-def all_at_once(
+def blockwise_attention(
     query: torch.Tensor,
-    sequences: list[Sequence],
-    block_size: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    sparse: SparseKeys | None,
+    layout: LSGLayout,
     dropout: float,
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention of text queries, whole blocks of shape (batch, heads, t, head_dim), by one call of `attend`: the
-    form for every device, for compiling and for export."""
-    heads, num_blocks = query.shape[1], query.shape[2] // block_size
+    attend: Attend,
+) -> tuple[torch.Tensor, Probabilities | None]:
+    """LSG attention by two calls of `attend`, one for the text and one for the globals: the form for every device, for
+    compiling and for export. What each block sees is gathered, all blocks at once. Shapes as in `lsg_attention`."""
+    g, heads, text_length = layout.num_global_tokens, query.shape[1], query.shape[2] - layout.num_global_tokens
+
+    def whole_blocks(tokens: torch.Tensor) -> torch.Tensor:
+        """The text, padded."""
+        return pad_to_multiple(tokens[:, :, g:], layout.block_size, dim=2)
+
+    mask = attention_mask[:, None]
+    sequences = [
+        KeyValues(key[:, :, :g], value[:, :, :g], mask[:, :, :g], (layout.global_window,)),
+        KeyValues(whole_blocks(key), whole_blocks(value), whole_blocks(mask), (layout.local_window,)),
+    ]
+    if sparse is not None and sparse.key is not None and sparse.value is not None:
+        sequences.append(KeyValues(sparse.key, sparse.value, sparse.mask, layout.sparse_windows))
+    text_query = whole_blocks(query)
+    num_blocks = text_query.shape[2] // layout.block_size
     # What each block sees, part by part: keys, values and mask of shape (batch, heads, blocks, keys of the part, ...).
     seen = [
-        [take_windows(x, window, num_blocks) for x in (sequence.key, sequence.value, sequence.keep)]
+        [take_windows(x, window, num_blocks) for x in (sequence.key, sequence.value, sequence.mask)]
         for sequence in sequences
         for window in sequence.windows
     ]
     # Blocks join the heads, so that one call of four dimensions serves all of them.
-    key, value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
-    keep = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
-    blocks = query.unflatten(2, (num_blocks, block_size)).flatten(1, 2)
-    output, probabilities = attend(blocks, key, value, keep[:, :, None], dropout)
-    if probabilities is not None:
-        probabilities = probabilities.view(*query.shape[:3], -1)
-    return output.view(query.shape), probabilities
+    seen_key, seen_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
+    seen_mask = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
+    blocks = text_query.unflatten(2, (num_blocks, layout.block_size)).flatten(1, 2)
+    text_output, text_probabilities = attend(blocks, seen_key, seen_value, seen_mask[:, :, None], dropout)
+    text_output = text_output.view(text_query.shape)[:, :, :text_length]
+
+    global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
+    output = torch.cat([global_output, text_output], dim=2)
+    if text_probabilities is None or global_probabilities is None:
+        return output, None
+    text_probabilities = text_probabilities.view(*text_query.shape[:3], -1)[:, :, :text_length]
+    return output, (text_probabilities, global_probabilities)
 
 
 def eager_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, dropout: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax attention, step by step; `keep` is (batch, heads or 1, 1, keys)."""
+    """Softmax attention, step by step; `mask` is (batch, heads or 1, 1, keys)."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    probabilities = probabilities.masked_fill(~keep, 0).to(value.dtype)
+    probabilities = probabilities.masked_fill(~mask, 0).to(value.dtype)
     return F.dropout(probabilities, dropout) @ value, probabilities
 
 
 def sdpa_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, dropout: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same by torch's fused attention, which keeps no scores. (With dropout on a CPU torch has no fused form.)"""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=keep, dropout_p=dropout), None
-
-
-# What `attn_implementation` may be, and what "sdpa" may stand for.
-KERNELS = ("eager", "sdpa")
-CHOICES = ("cpu", "portable", "triton")
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import strict
 from transformers.utils import logging
 
-from .lsg_attention import CHOICES
+from .lsg_attention import KERNELS
 from .lsg_sparsity import SPARSITY_TYPES
 
 
@@ -84,7 +84,7 @@ class LSGConfig:
         require("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
         require("sparsity_type", kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
         kernel = self.attention_kernel
-        require("attention_kernel", kernel in (None, *CHOICES), f"one of {', '.join(CHOICES)}, or none")
+        require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
             "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"

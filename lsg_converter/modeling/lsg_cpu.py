@@ -1,8 +1,9 @@
-"""LSG attention on a CPU: row by row and block by block, so that what a block sees stays in the cache.
+"""LSG attention on a CPU: tile by tile, so that the keys that a tile of queries sees stay in the cache.
 
-A row takes part with its real tokens alone: those up to the last one that is not masked. What a block sees is brought
-together when it is its turn, in memory that the next block uses again, and once more in the backward pass: nothing
-that grows with the windows is kept. Equal to the kernels of `lsg_attention` to rounding.
+A tile is a block of text, or some of the queries that see a whole row. Its keys are ranges of tokens and of sparse
+keys. They are loaded into a workspace when it is the tile's turn, and again in the backward pass, which computes the
+probabilities anew: nothing that grows with the windows is kept. A row takes part up to its last token that is not
+masked. Equal to the kernels of `lsg_attention` to rounding.
 """
 
 import math
@@ -13,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lsg_layout import Window, flat_rows, local_window, operator_namespace, sparse_windows
+from .lsg_layout import LSGLayout, SparseKeys, Window, flat_rows, operator_namespace
 
 
-TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `Attention`
-MAX_SCORES = 2**18  # of a head at a time, unless a block of text sees more
-PLACES = 2**16  # in the pools of random bits
+TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `TiledAttention`
+MAX_SCORES = 2**18  # of one head in a tile, unless a block of text sees more
 THREAD_SCORES = 2**19  # of several heads at a time, for each thread: 2 MiB in float32 stay in most caches
+POOL_STARTS = 2**16  # places where a tile's random bits may begin
 
 
 def cpu_kernel_serves(query: torch.Tensor) -> bool:
@@ -31,10 +32,10 @@ def cpu_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor,
-    sparse: Sequence[torch.Tensor],
-    row_lengths: list[int] | None,
-    sizes: tuple[int, int, int, int],
+    attention_mask: torch.Tensor,
+    sparse: SparseKeys | None,
+    seqlens: list[int] | None,
+    layout: LSGLayout,
     dropout: float,
 ) -> torch.Tensor:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
@@ -42,154 +43,160 @@ def cpu_attention(
     Args:
         query, key, value: shape (batch, heads, tokens, head_dim); read in place where they are views of contiguous
             tensors of shape (batch, tokens, heads, head_dim).
-        keep: boolean, shape (batch, tokens).
-        sparse: keys, values and mask of the sparse sequence, of shapes (batch, heads, sparse tokens, head_dim) twice
-            and (batch, heads or 1, sparse tokens), or nothing; those of rows end to end where `row_lengths` is given.
-            Instead of keys and values, where they are some of the tokens: which, counted through all rows, of shape
-            (batch, heads, sparse tokens).
-        row_lengths: where a batch of one holds rows end to end, how many tokens each has, the globals included.
-        sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
+        attention_mask: boolean, shape (batch, tokens).
+        sparse: the sparse keys of the rows; of those that are not short, end to end, where `seqlens` is given.
+        seqlens: where a batch of one holds rows end to end, the tokens of each, the globals included.
 
     Returns:
-        The shape of `query`; zero where a query has no key, and behind the last token of a row that is kept.
+        The shape of `query`; zero where a query has no key, and behind the last token of a row that is not masked.
     """
     batch, heads, tokens, head_dim = query.shape
-    lengths = [tokens] * batch if row_lengths is None else row_lengths
-    *sparse_states, sparse_keep = sparse or (keep[:, None, :0],)
-    rows = flat_rows(sparse_states.pop()) if len(sparse_states) == 1 else None
+    lengths = [tokens] * batch if seqlens is None else seqlens
+    sparse = sparse or SparseKeys(attention_mask[:, None, :0])
+    rows = None if sparse.token_index is None else flat_rows(sparse.token_index)
     # Rows end to end: (tokens of all rows, heads, head_dim).
-    states = [x.transpose(1, 2).reshape(-1, heads, head_dim) for x in (query, key, value, *sparse_states)]
-    absent = [None] * (5 - len(states))
+    states = [
+        None if x is None else x.transpose(1, 2).reshape(-1, heads, head_dim)
+        for x in (query, key, value, sparse.key, sparse.value)
+    ]
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
-    masks = keep.flatten(), sparse_keep.transpose(0, 1).flatten(1)
-    output = attention(*states, *absent, rows, *masks, seed, lengths, list(sizes), dropout)
+    masks = attention_mask.flatten(), sparse.mask.transpose(0, 1).flatten(1)
+    output = attention(*states, rows, *masks, seed, lengths, list(layout), dropout)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-class Part(NamedTuple):
-    """Keys that some queries see. `tensor` is the number of their tensor in `Attention`; their values have the next."""
+class KeyRange(NamedTuple):
+    """The keys `[start, stop)` of a tensor of `TiledAttention`, by its number; their values are in the next one."""
 
     tensor: int
     start: int
     stop: int
 
 
-class Job:
-    """Queries, a part of the tokens, and the keys that all of them see; `masked` where some are hidden."""
+class Tile:
+    """The queries `[start, stop)` and the keys that all of them see; `masked` where some of these are masked."""
 
-    def __init__(self, start: int, stop: int, keys: list[Part], masked: bool) -> None:
-        self.start, self.stop, self.keys, self.masked = start, stop, keys, masked
-        self.sizes = [part.stop - part.start for part in keys]
+    def __init__(self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool) -> None:
+        self.start, self.stop, self.key_ranges, self.masked = start, stop, key_ranges, masked
+        self.sizes = [keys.stop - keys.start for keys in key_ranges]
         self.num_keys = sum(self.sizes)
-        # Keys that are brought together are padded, since products of odd sizes are slower.
-        self.num_columns = self.num_keys if len(keys) == 1 else -(-self.num_keys // 16) * 16
+        # Several ranges are loaded into a workspace and padded there, since products of odd sizes are slower.
+        self.num_columns = self.num_keys if len(key_ranges) == 1 else -(-self.num_keys // 16) * 16
 
-    def split(self, seen: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-        """The columns of each part, and those of the padding."""
-        return seen.split([*self.sizes, self.num_columns - self.num_keys], dim)
+    def split(self, columns: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        """The columns of each key range, and those of the padding."""
+        return columns.split([*self.sizes, self.num_columns - self.num_keys], dim)
 
 
-def list_jobs(
-    keep: torch.Tensor, sparse_keep: torch.Tensor, lengths: Sequence[int], g: int, block: int, sparse: int, factor: int
-) -> Iterator[Job]:
-    """What there is to compute, for rows of `lengths` that stand end to end."""
-    local, sides = local_window(block), sparse_windows(block, sparse, factor) if factor and sparse else ()
+def list_tiles(
+    attention_mask: torch.Tensor, sparse_mask: torch.Tensor, seqlens: Sequence[int], layout: LSGLayout
+) -> Iterator[Tile]:
+    """The tiles of rows of `seqlens` tokens that stand end to end."""
+    g, block = layout.num_global_tokens, layout.block_size
     first = sparse_first = 0
-    for length in lengths:
+    for length in seqlens:
         start, sparse_start = first, sparse_first
         first += length
-        if sparse_keep.shape[1] and length - g > 2 * block:
-            sparse_first += -(-(length - g) // block) * block // factor
-        stop = start + real_length(keep[start:first])
-        sparse_stop = sparse_start + real_length(sparse_keep[:, sparse_start:sparse_first].any(0))
-        text, everything = start + g, Part(TOKENS, start, stop)
-        long = stop - text > 2 * block
-        masked = not bool(keep[start:stop].all())
-        step = max(MAX_SCORES // max(stop - start, 1), 1)
-        for query in range(start, text if long else stop, step):
-            yield Job(query, min(query + step, text if long else stop), [everything], masked)
-        if not long:
+        if not layout.is_short(length - g):
+            sparse_first += layout.num_sparse_keys(length - g)
+        stop = start + used_length(attention_mask[start:first])
+        sparse_stop = sparse_start + used_length(sparse_mask[:, sparse_start:sparse_first].any(0))
+        text, row = start + g, KeyRange(TOKENS, start, stop)
+        short = layout.is_short(stop - text)
+        masked = not bool(attention_mask[start:stop].all())
+        # Queries that see the whole row: all of a short one, else the globals.
+        row_stop, step = stop if short else text, max(MAX_SCORES // max(stop - start, 1), 1)
+        for query in range(start, row_stop, step):
+            yield Tile(query, min(query + step, row_stop), [row], masked)
+        if short:
             continue
-        masked = masked or not bool(sparse_keep[:, sparse_start:sparse_stop].all())
+        masked = masked or not bool(sparse_mask[:, sparse_start:sparse_stop].all())
         for i, query in enumerate(range(text, stop, block)):
-            keys = [Part(TOKENS, start, text)] if g else []
-            keys += window_parts(TOKENS, local, i, text, stop)
-            for side in sides:
-                keys += window_parts(SPARSE, side, i, sparse_start, sparse_stop)
-            yield Job(query, min(query + block, stop), keys, masked)
+            key_ranges = [KeyRange(TOKENS, start, text)] if g else []
+            key_ranges += window_ranges(TOKENS, layout.local_window, i, text, stop)
+            for window in layout.sparse_windows:
+                key_ranges += window_ranges(SPARSE, window, i, sparse_start, sparse_stop)
+            yield Tile(query, min(query + block, stop), key_ranges, masked)
 
 
-def window_parts(tensor: int, window: Window, block: int, start: int, stop: int) -> list[Part]:
-    """What a block sees, through a window, of the tokens from `start` to `stop`: in pieces, each of which keeps its
-    place among them while the window moves on."""
+def window_ranges(tensor: int, window: Window, block: int, start: int, stop: int) -> list[KeyRange]:
+    """What a block sees, through a window, of the keys from `start` to `stop`.
+
+    In pieces of one step, where they go into the window. The next block sees all but one of them again, and each at the
+    same place of its list, so that `TiledAttention.load` leaves those where they are.
+    """
     pieces = window.size // window.step if window.size % window.step == 0 and window.size <= 4 * window.step else 1
     size = window.size // pieces
     first = window.offset + block * window.step
     offsets = [first + piece * size for piece in range(pieces)]
     if pieces > 1:
         offsets.sort(key=lambda offset: offset // size % pieces)
-    parts = (Part(tensor, max(start + offset, start), min(start + offset + size, stop)) for offset in offsets)
-    return [part for part in parts if part.start < part.stop]
+    ranges = (KeyRange(tensor, max(start + offset, start), min(start + offset + size, stop)) for offset in offsets)
+    return [keys for keys in ranges if keys.start < keys.stop]
 
 
-def real_length(keep: torch.Tensor) -> int:
+def used_length(mask: torch.Tensor) -> int:
     """How many tokens there are up to the last that is not masked."""
-    if keep.numel() == 0 or bool(keep[-1]):
-        return keep.numel()
-    places = keep.nonzero()
+    if mask.numel() == 0 or bool(mask[-1]):
+        return mask.numel()
+    places = mask.nonzero()
     return int(places[-1]) + 1 if len(places) else 0
 
 
-class Draws:
-    """Random bits for the dropout of all jobs, 16 for each probability.
+class DropoutBits:
+    """Random bits for the dropout of all tiles, 16 for each probability.
 
-    Those of a job are the bits from a random place of one pool on, xor those from a random place of another: as random
+    Those of a tile are the bits from a random place of one pool on, xor those from a random place of another: as random
     as the pools are, two by two, for a small part of the time that drawing them would take.
     """
 
-    def __init__(self, seed: int, dropout: float, num_jobs: int, heads: int, scores: int) -> None:
-        """For jobs of at most `scores` scores a head."""
+    def __init__(self, seed: int, dropout: float, num_tiles: int, heads: int, scores: int) -> None:
+        """For tiles of at most `scores` scores a head."""
         generator = torch.Generator().manual_seed(seed)
-        size = heads * -(-scores // 4) + PLACES
+        size = heads * -(-scores // 4) + POOL_STARTS
         self.pools = torch.empty(2, size, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        self.places = torch.randint(PLACES, (num_jobs, 2), generator=generator).tolist()
+        self.starts = torch.randint(POOL_STARTS, (num_tiles, 2), generator=generator).tolist()
         dropped = round(dropout * 2**16)
         self.last_dropped = dropped - 2**15 - 1  # of the numbers of 16 bits
         self.keep_scale = 1 / max(1 - dropped / 2**16, 2**-16)  # by the share that is kept
 
-    def fill(self, bits: torch.Tensor, job: int, first_head: int) -> None:
-        """Fill an int64 tensor, (heads, numbers), for the job of that number and the heads from `first_head` on."""
+    def fill(self, bits: torch.Tensor, tile: int, first_head: int) -> None:
+        """Fill an int64 tensor, (heads, numbers), for the tile of that number and the heads from `first_head` on."""
         skipped, count = first_head * bits.shape[1], bits.numel()
-        first, second = (pool[at + skipped :][:count] for pool, at in zip(self.pools, self.places[job], strict=True))
+        first, second = (
+            pool[start + skipped :][:count] for pool, start in zip(self.pools, self.starts[tile], strict=True)
+        )
         torch.bitwise_xor(first, second, out=bits.view(-1))
 
 
-class Attention:
-    """The jobs of a call, for some of its heads. `tensors` are query, key, value, sparse key and sparse value of these
-    heads, (heads, tokens, head_dim)."""
+class TiledAttention:
+    """Forward and backward pass over the tiles of a call, for some of its heads.
+
+    `tensors` are query, key, value, sparse key and sparse value of these heads, (heads, tokens, head_dim).
+    """
 
     def __init__(
         self,
         first_head: int,
         tensors: Sequence[torch.Tensor],
-        keep: torch.Tensor,
-        sparse_keep: torch.Tensor,
-        jobs: Sequence[Job],
-        draws: "Draws | None",
+        attention_mask: torch.Tensor,
+        sparse_mask: torch.Tensor,
+        tiles: Sequence[Tile],
+        dropout_bits: DropoutBits | None,
     ) -> None:
-        self.tensors, self.jobs, self.first_head = tensors, jobs, first_head
-        self.keep = {TOKENS: keep[None], SPARSE: sparse_keep}
+        self.tensors, self.tiles, self.first_head = tensors, tiles, first_head
+        self.masks = {TOKENS: attention_mask[None], SPARSE: sparse_mask}
         self.dtype = product_dtype(tensors[0].dtype)
         self.heads, _, self.head_dim = tensors[0].shape
         self.scale = self.head_dim**-0.5
-        self.draws = draws
-        self.keep_scale = 1.0 if draws is None else draws.keep_scale
+        self.dropout_bits = dropout_bits
+        self.keep_scale = 1.0 if dropout_bits is None else dropout_bits.keep_scale
         self.buffers: dict[str, torch.Tensor] = {}
         self.views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self.gathered: dict[str, tuple[Job, torch.Tensor, Sequence[torch.Tensor]]] = {}
+        self.loaded: dict[str, tuple[Tile, torch.Tensor, Sequence[torch.Tensor]]] = {}
 
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Room that jobs use one after the other: fresh memory costs more than what is computed in it."""
+    def workspace(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory that tiles use one after the other: fresh memory costs more than what is computed in it."""
         if (name, shape) in self.views:
             return self.views[name, shape]
         size = math.prod(shape)
@@ -199,87 +206,94 @@ class Attention:
         self.views[name, shape] = self.buffers[name][:size].view(shape)
         return self.views[name, shape]
 
-    def scores(self, name: str, job: Job) -> torch.Tensor:
-        return self.buffer(name, self.heads, job.stop - job.start, job.num_columns)
-
-    def product(self, name: str, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        out = self.buffer(name, self.heads, left.shape[1], right.shape[2])
+    def matmul(self, name: str, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """`scale * left @ right`, in the workspace of that name."""
+        out = self.workspace(name, self.heads, left.shape[1], right.shape[2])
         return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
-    def rows(self, tensor: torch.Tensor, job: Job) -> torch.Tensor:
-        """What belongs to the queries, of a tensor (heads, tokens, head_dim)."""
-        return tensor[:, job.start : job.stop].to(self.dtype)
+    def load_queries(self, tile: Tile, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a tile's queries in a tensor (heads, tokens, head_dim)."""
+        return tensor[:, tile.start : tile.stop].to(self.dtype)
 
-    def gather(self, name: str, job: Job, offset: int = 0) -> torch.Tensor:
-        """The keys that the queries see, or with an offset of 1 the values: (heads, columns, head_dim)."""
-        if len(job.keys) == 1:
-            part = job.keys[0]
-            return self.tensors[part.tensor + offset][:, part.start : part.stop].to(self.dtype)
-        last, seen, columns = self.gathered.get(name, (None, None, ()))
-        present: Sequence[Part | None] = last.keys if last is not None and last.sizes == job.sizes else []
-        if seen is None or not present:
-            seen = self.buffer(name, self.heads, job.num_columns, self.head_dim)
-            columns = job.split(seen, dim=1)
+    def load_keys(self, tile: Tile) -> torch.Tensor:
+        """The keys that a tile sees, (heads, columns, head_dim)."""
+        return self.load("key", tile, 0)
+
+    def load_values(self, tile: Tile) -> torch.Tensor:
+        """Their values."""
+        return self.load("value", tile, 1)
+
+    def load(self, name: str, tile: Tile, offset: int) -> torch.Tensor:
+        if len(tile.key_ranges) == 1:
+            keys = tile.key_ranges[0]
+            return self.tensors[keys.tensor + offset][:, keys.start : keys.stop].to(self.dtype)
+        last, loaded, columns = self.loaded.get(name, (None, None, ()))
+        present: Sequence[KeyRange | None] = last.key_ranges if last is not None and last.sizes == tile.sizes else []
+        if loaded is None or not present:
+            loaded = self.workspace(name, self.heads, tile.num_columns, self.head_dim)
+            columns = tile.split(loaded, dim=1)
             columns[-1].zero_()  # the padding
-        for target, part, there in zip_longest(columns[:-1], job.keys, present):
-            if part != there:  # What the last job has brought to the same columns is there.
-                target.copy_(self.tensors[part.tensor + offset][:, part.start : part.stop])
-        self.gathered[name] = job, seen, columns
-        return seen
+        for target, keys, there in zip_longest(columns[:-1], tile.key_ranges, present):
+            if keys != there:  # What the last tile has loaded into the same columns is there.
+                target.copy_(self.tensors[keys.tensor + offset][:, keys.start : keys.stop])
+        self.loaded[name] = tile, loaded, columns
+        return loaded
 
-    def probabilities(self, job: Job, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def add_grads(self, tile: Tile, grads: Sequence[torch.Tensor], columns: torch.Tensor, offset: int) -> None:
+        """Add the gradients of what `load` gave to those of the tensors that it came from."""
+        for keys, part in zip(tile.key_ranges, tile.split(columns, dim=1), strict=False):
+            grads[keys.tensor + offset][:, keys.start : keys.stop] += part
+
+    def probabilities(self, tile: Tile, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Before dropout: shape (heads, queries, columns)."""
-        scores = self.product("probabilities", query, key.transpose(1, 2), self.scale)
-        if not job.masked:
-            scores[:, :, job.num_keys :] = -torch.inf
+        scores = self.matmul("probabilities", query, key.transpose(1, 2), self.scale)
+        if not tile.masked:
+            scores[:, :, tile.num_keys :] = -torch.inf
             return torch.softmax(scores, -1, out=scores)
-        keeps = [self.keep[part.tensor][:, part.start : part.stop].expand(self.heads, -1) for part in job.keys]
-        hidden = ~F.pad(torch.cat(keeps, dim=1), (0, job.num_columns - job.num_keys))[:, None]
-        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, -1, out=scores).masked_fill_(hidden, 0)
+        masks = [self.masks[keys.tensor][:, keys.start : keys.stop].expand(self.heads, -1) for keys in tile.key_ranges]
+        masked = ~F.pad(torch.cat(masks, dim=1), (0, tile.num_columns - tile.num_keys))[:, None]
+        scores.masked_fill_(masked, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, -1, out=scores).masked_fill_(masked, 0)
 
     def dropout_mask(self, number: int) -> torch.Tensor | None:
-        """One where a probability is kept, zero elsewhere: of the job with that number, in both passes the same."""
-        if self.draws is None:
+        """One where a probability is kept, zero elsewhere: of the tile with that number, in both passes the same."""
+        if self.dropout_bits is None:
             return None
-        mask = self.scores("mask", self.jobs[number])
-        bits = self.buffer("bits", self.heads, -(-mask[0].numel() // 4), dtype=torch.int64)
-        self.draws.fill(bits, number, self.first_head)
-        torch.gt(bits.view(torch.int16)[:, : mask[0].numel()], self.draws.last_dropped, out=mask.flatten(1))
+        tile = self.tiles[number]
+        mask = self.workspace("mask", self.heads, tile.stop - tile.start, tile.num_columns)
+        bits = self.workspace("bits", self.heads, -(-mask[0].numel() // 4), dtype=torch.int64)
+        self.dropout_bits.fill(bits, number, self.first_head)
+        torch.gt(bits.view(torch.int16)[:, : mask[0].numel()], self.dropout_bits.last_dropped, out=mask.flatten(1))
         return mask
 
     def forward(self, output: torch.Tensor) -> None:
         """Write the output, (heads, tokens, head_dim)."""
-        for number, job in enumerate(self.jobs):
-            probabilities = self.probabilities(job, self.rows(self.tensors[0], job), self.gather("key", job))
+        for number, tile in enumerate(self.tiles):
+            query = self.load_queries(tile, self.tensors[0])
+            probabilities = self.probabilities(tile, query, self.load_keys(tile))
             mask = self.dropout_mask(number)
             if mask is not None:
                 probabilities.mul_(mask)
-            value = self.gather("value", job, 1)
-            output[:, job.start : job.stop] = self.product("attended", probabilities, value, self.keep_scale)
+            value = self.load_values(tile)
+            output[:, tile.start : tile.stop] = self.matmul("output", probabilities, value, self.keep_scale)
 
-    def backward(self, grad: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
-        """Add the gradients of the tensors to `grads`; `grad` is that of the output."""
-        for number, job in enumerate(self.jobs):
-            query, key, value = self.rows(self.tensors[0], job), self.gather("key", job), self.gather("value", job, 1)
-            grad_rows = self.rows(grad, job)
-            probabilities, mask = self.probabilities(job, query, key), self.dropout_mask(number)
-            grad_scores = self.product("grad", grad_rows, value.transpose(1, 2), self.keep_scale)
-            used = probabilities
+    def backward(self, grad_output: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
+        """Add the gradients of the tensors to `grads`."""
+        for number, tile in enumerate(self.tiles):
+            query, grad_rows = (self.load_queries(tile, x) for x in (self.tensors[0], grad_output))
+            key, value = self.load_keys(tile), self.load_values(tile)
+            probabilities, mask = self.probabilities(tile, query, key), self.dropout_mask(number)
+            grad_scores = self.matmul("grad_scores", grad_rows, value.transpose(1, 2), self.keep_scale)
+            kept = probabilities
             if mask is not None:
                 grad_scores.mul_(mask)
-                used = torch.mul(probabilities, mask, out=mask)
-            self.scatter(grads, job, self.product("seen", used.transpose(1, 2), grad_rows, self.keep_scale), 1)
+                kept = torch.mul(probabilities, mask, out=mask)
+            self.add_grads(tile, grads, self.matmul("grad_keys", kept.transpose(1, 2), grad_rows, self.keep_scale), 1)
             torch.ops.aten._softmax_backward_data.out(
                 grad_scores, probabilities, -1, self.dtype, grad_input=grad_scores
             )
-            self.scatter(grads, job, self.product("seen", grad_scores.transpose(1, 2), query, self.scale))
-            grads[0][:, job.start : job.stop] = self.product("attended", grad_scores, key, self.scale)
-
-    def scatter(self, grads: Sequence[torch.Tensor], job: Job, seen: torch.Tensor, offset: int = 0) -> None:
-        """Add the gradients of what `gather` gave to those of where it came from."""
-        for part, columns in zip(job.keys, job.split(seen, dim=1), strict=False):
-            grads[part.tensor + offset][:, part.start : part.stop] += columns
+            self.add_grads(tile, grads, self.matmul("grad_keys", grad_scores.transpose(1, 2), query, self.scale), 0)
+            grads[0][:, tile.start : tile.stop] = self.matmul("output", grad_scores, key, self.scale)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -291,52 +305,53 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype not in fast or fast[dtype]() else torch.float32
 
 
-def split_heads(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[Attention, list[torch.Tensor]]]:
-    """The work of a call of `attention`, whose inputs these are, for as many heads at a time as caches can do with, and
-    the part of `others`, (tokens, heads, head_dim), that is theirs, (heads, tokens, head_dim)."""
-    query, key, value, sparse_key, sparse_value, rows, keep, sparse_keep, seed, lengths, sizes, dropout = inputs
+def head_groups(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[TiledAttention, list[torch.Tensor]]]:
+    """A call of `attention`, whose inputs these are, for as many heads at a time as the caches have room for; and the
+    part of `others`, (tokens, heads, head_dim), that is theirs, (heads, tokens, head_dim)."""
+    query, key, value, sparse_key, sparse_value, rows, mask, sparse_mask, seed, seqlens, sizes, dropout = inputs
     if rows is not None:
         sparse_key, sparse_value = (x.flatten(0, 1).index_select(0, rows).view(-1, *x.shape[1:]) for x in (key, value))
     elif sparse_key is None:
         sparse_key, sparse_value = key[:0], value[:0]
     tensors = query, key, value, sparse_key, sparse_value
-    jobs = list(list_jobs(keep, sparse_keep, lengths, *sizes))
-    scores = max(((job.stop - job.start) * job.num_columns for job in jobs), default=1)
+    tiles = list(list_tiles(mask, sparse_mask, seqlens, LSGLayout(*sizes)))
+    scores = max(((tile.stop - tile.start) * tile.num_columns for tile in tiles), default=1)
     heads = tensors[0].shape[1]
-    draws = Draws(int(seed), dropout, len(jobs), heads, scores) if round(dropout * 2**16) and jobs else None
+    dropping = round(dropout * 2**16) and tiles
+    dropout_bits = DropoutBits(int(seed), dropout, len(tiles), heads, scores) if dropping else None
     groups = -(-heads // max(torch.get_num_threads() * THREAD_SCORES // scores, 1))
     for group in torch.arange(heads).tensor_split(groups):
         own = slice(int(group[0]), int(group[-1]) + 1)
-        masks = sparse_keep if len(sparse_keep) == 1 else sparse_keep[own]
+        own_mask = sparse_mask if len(sparse_mask) == 1 else sparse_mask[own]
         states, theirs = ([x[:, own].transpose(0, 1) for x in parts] for parts in (tensors, others))
-        yield Attention(own.start, states, keep, masks, jobs, draws), theirs
+        yield TiledAttention(own.start, states, mask, own_mask, tiles, dropout_bits), theirs
 
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? rows, Tensor keep, "
-    "Tensor sparse_keep, Tensor seed, SymInt[] lengths, SymInt[] sizes, float dropout"
+    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? rows, "
+    "Tensor attention_mask, Tensor sparse_mask, Tensor seed, SymInt[] seqlens, SymInt[] layout, float dropout"
 )
 
 
 def _attention(*inputs: Any) -> torch.Tensor:
     output = torch.zeros_like(inputs[0])
     with torch.autocast("cpu", enabled=False):
-        for part, theirs in split_heads([output], *inputs):
-            part.forward(*theirs)
+        for group, theirs in head_groups([output], *inputs):
+            group.forward(*theirs)
     return output
 
 
 def _attention_backward(grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
-    # A key's gradient is a sum over blocks, which half precision would round each time.
+    # A key's gradient is a sum over tiles, which half precision would round each time.
     wide = torch.promote_types(grad.dtype, torch.float32)
-    *tensors, rows, _, sparse_keep = inputs[:8]
-    sparse_shape = (sparse_keep.shape[1], *tensors[1].shape[1:])
+    *tensors, rows, _, sparse_mask = inputs[:8]
+    sparse_shape = (sparse_mask.shape[1], *tensors[1].shape[1:])
     shapes = [sparse_shape if tensor is None else tensor.shape for tensor in tensors]
     grads = [grad.new_zeros(shape, dtype=wide) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
-        for part, (own, *totals) in split_heads([grad, *grads], *inputs):
-            part.backward(own, totals)
+        for group, (own, *totals) in head_groups([grad, *grads], *inputs):
+            group.backward(own, totals)
     if rows is not None:
         for total, of_chosen in zip(grads[1:3], grads[3:], strict=True):
             total.flatten(0, 1).index_add_(0, rows, of_chosen.flatten(0, 1))

@@ -28,7 +28,7 @@ def operator_namespace(module: str) -> str:
 
 
 class Window(NamedTuple):
-    """The keys that each block sees of one sequence: block `i` sees `[offset + i * step, ... + size)`.
+    """The keys that each block of queries sees of one sequence: block `i` sees `[offset + i * step, ... + size)`.
 
     A step of 0 means that all blocks see the same.
     """
@@ -38,28 +38,100 @@ class Window(NamedTuple):
     step: int
 
 
-class Sequence(NamedTuple):
-    """Keys and values that blocks see through `windows`: (batch, heads, length, head_dim) each, and `keep`, which is
-    boolean, of shape (batch, heads or 1, length)."""
+class LSGLayout(NamedTuple):
+    """The sizes of LSG attention, and what follows from them: which keys a block of queries sees.
+
+    Attributes:
+        num_global_tokens: tokens in front of the text, which see all tokens and which all tokens see.
+        block_size: tokens in a block of text.
+        sparse_block_size: sparse keys that a block sees on each side; 0 where there are no sparse keys.
+        sparsity_factor: tokens of text for each sparse key; 1 where there are no sparse keys.
+    """
+
+    num_global_tokens: int
+    block_size: int
+    sparse_block_size: int
+    sparsity_factor: int
+
+    @classmethod
+    def from_fields(
+        cls,
+        num_global_tokens: int,
+        block_size: int,
+        sparse_block_size: int,
+        sparsity_factor: int,
+        sparsity_type: str | None,
+    ) -> "LSGLayout":
+        """The layout that the fields of a configuration ask for. It is decided here whether there are sparse keys."""
+        if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
+            sparse_block_size, sparsity_factor = 0, 1
+        return cls(num_global_tokens, block_size, sparse_block_size, sparsity_factor)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of the chunks in which "norm" and "lsh" look for sparse keys."""
+        return min(self.block_size, self.sparse_block_size)
+
+    @property
+    def sparse_step(self) -> int:
+        """Sparse keys that one block of text is shortened to."""
+        return self.block_size // self.sparsity_factor
+
+    def is_short(self, text_length: int) -> bool:
+        """Whether a text of so many tokens gets ordinary full attention."""
+        return text_length <= 2 * self.block_size
+
+    def num_blocks(self, text_length: int) -> int:
+        """Blocks of a text, the last of which may be padded."""
+        return -(-text_length // self.block_size)
+
+    def num_sparse_keys(self, text_length: int) -> int:
+        """Sparse keys of a text, padded to whole blocks."""
+        return self.num_blocks(text_length) * self.sparse_step if self.sparse_block_size else 0
+
+    @property
+    def global_window(self) -> Window:
+        """The global tokens, which all blocks see."""
+        return Window(offset=0, size=self.num_global_tokens, step=0)
+
+    @property
+    def local_window(self) -> Window:
+        """Of the text: a block and the two beside it."""
+        return Window(offset=-self.block_size, size=3 * self.block_size, step=self.block_size)
+
+    @property
+    def sparse_windows(self) -> tuple[Window, ...]:
+        """Of the sparse sequence: the keys up to where the local window begins, and those from where it ends."""
+        size, step = self.sparse_block_size, self.sparse_step
+        if not size:
+            return ()
+        return Window(offset=-step - size, size=size, step=step), Window(offset=2 * step, size=size, step=step)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values that blocks see through `windows`: (batch, heads, length, head_dim) each, and `mask`, which is
+    boolean, of shape (batch, heads or 1, length), and True where a key may be attended to."""
 
     key: torch.Tensor
     value: torch.Tensor
-    keep: torch.Tensor
+    mask: torch.Tensor
     windows: tuple[Window, ...]
 
 
-def local_window(block_size: int) -> Window:
-    """The three text blocks around a block."""
-    return Window(offset=-block_size, size=3 * block_size, step=block_size)
+class SparseKeys(NamedTuple):
+    """The sparse sequence of a text.
 
+    Attributes:
+        mask: boolean, shape (batch, 1 or heads, sparse keys): True where one may be attended to.
+        key, value: shape (batch, heads, sparse keys, head_dim); None where `token_index` says which they are.
+        token_index: which tokens they are, counted through all rows of the batch, the globals included: int64, of shape
+            (batch, heads, sparse keys). No two that the mask keeps are the same.
+    """
 
-def sparse_windows(block_size: int, sparse_block_size: int, sparsity_factor: int) -> tuple[Window, Window]:
-    """The sparse keys on the left and on the right of the local window."""
-    step = block_size // sparsity_factor
-    return (
-        Window(offset=-step - sparse_block_size, size=sparse_block_size, step=step),
-        Window(offset=2 * step, size=sparse_block_size, step=step),
-    )
+    mask: torch.Tensor
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    token_index: torch.Tensor | None = None
 
 
 def pad_to_multiple(sequence: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .lsg_attention import KERNELS
+from .lsg_attention import ATTN_IMPLEMENTATIONS
 from .lsg_classes import LSGAttentionSupport, define_modules, stock_class
 from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention, passes_global_tokens
-from .lsg_packing import find_row_lengths, unpack_rows
+from .lsg_packing import find_seqlens, unpack_rows
 
 
 logger = logging.get_logger(__name__)
@@ -43,16 +43,16 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        row_lengths, length = None, 0
+        seqlens, length = None, 0
         if tokens is not None:
             self.check_input(tokens, kwargs)
             mask = kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
-            row_lengths, length = find_row_lengths(mask, self.config.kernel), mask.shape[-1]
-            if row_lengths is not None:
-                kwargs["row_lengths"] = row_lengths
+            seqlens, length = find_seqlens(mask, self.config.kernel), mask.shape[-1]
+            if seqlens is not None:
+                kwargs["seqlens"] = seqlens
             self.put_in(kwargs)
         outputs = stock_forward(self, **kwargs, return_dict=True)
-        self.cut_off(outputs, partial(unpack_rows, row_lengths=row_lengths, length=length))
+        self.cut_off(outputs, partial(unpack_rows, seqlens=seqlens, length=length))
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
@@ -124,10 +124,9 @@ class LSGReader(LSGAttentionSupport):
                 f"input_ids: got a text of {length} tokens; with adaptive=False it must be a multiple of block_size, "
                 f"{config.block_size}, or at most two blocks; pad it, or set adaptive=True"
             )
-        if config._attn_implementation not in KERNELS:
-            raise ValueError(
-                f"attn_implementation: got {config._attn_implementation!r}; LSG has {' and '.join(map(repr, KERNELS))}"
-            )
+        if config._attn_implementation not in ATTN_IMPLEMENTATIONS:
+            allowed = " and ".join(map(repr, ATTN_IMPLEMENTATIONS))
+            raise ValueError(f"attn_implementation: got {config._attn_implementation!r}; LSG has {allowed}")
         wanted = arguments.get("output_attentions")
         if (config.output_attentions if wanted is None else wanted) and config._attn_implementation != "eager":
             logger.warning_once(

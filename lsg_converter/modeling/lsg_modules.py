@@ -69,10 +69,10 @@ class LSGSelfAttention:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
         *args: Any,
-        row_lengths: list[int] | None = None,
+        seqlens: list[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `row_lengths`
+        """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
         they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
         query, key, value = (
             getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
@@ -86,7 +86,7 @@ class LSGSelfAttention:
             attention_mask[:, 0, 0],
             **self.config.attention_arguments,
             dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
-            row_lengths=row_lengths,
+            seqlens=seqlens,
         )
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
 
@@ -128,14 +128,14 @@ class LSGEncoder:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
         *args: Any,
-        row_lengths: list[int] | None = None,
+        seqlens: list[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         length = hidden_states.shape[1]
-        if row_lengths is not None:
-            hidden_states, attention_mask = pack_rows(hidden_states, attention_mask, row_lengths)
-            kwargs["row_lengths"] = row_lengths
+        if seqlens is not None:
+            hidden_states, attention_mask = pack_rows(hidden_states, attention_mask, seqlens)
+            kwargs["seqlens"] = seqlens
         outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        states = unpack_rows(outputs.last_hidden_state, row_lengths, length)
+        states = unpack_rows(outputs.last_hidden_state, seqlens, length)
         outputs["last_hidden_state"] = cut_global_tokens(states, self.config)
         return outputs

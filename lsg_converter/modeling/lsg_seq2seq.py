@@ -48,8 +48,8 @@ class LSGSeq2SeqEncoder(LSGReader):
         tokens = global_tokens(self, text).to(text.dtype)
         text = text + self.embed_positions(length=text.shape[1])  # type: ignore[attr-defined]
         states, mask = torch.cat([tokens, text], dim=1), arguments["attention_mask"]
-        if arguments.get("row_lengths") is not None:
-            states, mask = pack_rows(states, mask, arguments["row_lengths"])
+        if arguments.get("seqlens") is not None:
+            states, mask = pack_rows(states, mask, arguments["seqlens"])
         arguments["inputs_embeds"], arguments["attention_mask"] = states, mask
 
     def cut_off(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:

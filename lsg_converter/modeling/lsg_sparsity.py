@@ -1,162 +1,148 @@
 """The six sparsifiers: each shortens the keys and values of a head from `t` to `t / f` tokens.
 
-Shapes: `key` and `value` are (batch, heads, t, head_dim), `keep` is (batch, 1, t) and True where a token may be
+Shapes: `key` and `value` are (batch, heads, t, head_dim), `mask` is (batch, 1, t), and True where a token may be
 attended to. The sparse ones are (batch, heads, T / f, head_dim) and (batch, 1 or heads, T / f), where `T` is `t` padded
-to whole blocks. The result for a token never depends on what stands under the mask. Three sparsifiers choose tokens,
-each head its own; the others merge them.
+to whole blocks. What stands under the mask never changes the result. Three sparsifiers choose tokens, each head its
+own; the others merge them.
 """
 
 import math
 
 import torch
 
-from .lsg_layout import flat_rows, pad_to_multiple, take_rows
+from .lsg_layout import LSGLayout, SparseKeys, flat_rows, pad_to_multiple, take_rows
 from .lsg_triton import LARGEST_CHUNK, choose_largest_norm
 
 
 SPARSITY_TYPES = ("none", "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh")
-
-Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def sparsify(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor,
+    mask: torch.Tensor,
+    layout: LSGLayout,
     *,
-    num_global_tokens: int = 0,
-    block_size: int,
-    sparse_block_size: int,
-    sparsity_factor: int,
     sparsity_type: str | None,
-    lsh_num_pre_rounds: int,
-    lsh_seed: int,
+    lsh_num_pre_rounds: int = 1,
+    lsh_seed: int = 0,
     fused: bool = False,
     in_place: bool = False,
-) -> tuple[torch.Tensor, ...] | None:
-    """Shorten keys, values and mask of a text by `sparsity_factor`; None where there are to be no sparse keys.
+) -> SparseKeys | None:
+    """Shorten keys, values and mask of a text; None where the layout has no sparse keys.
 
     Args:
-        query, key, value, keep: of `num_global_tokens` globals, which are left out, and of the text. "bos_pooling"
-            weighs by the first query of the text; the others are not read.
+        query, key, value, mask: of the global tokens, which are left out, and of the text. "bos_pooling" and "lsh"
+            weigh by the first query of the text; the others do not read queries.
         fused: whether Triton's kernels, which work in place, are to be used where there are some.
-        in_place: whether, where sparse keys are tokens, these are to be left where they are: the result is then which
-            tokens, counted through all rows, globals included, int64, of shape (batch, heads, T / f), and their mask.
-
-    Returns:
-        Keys, values and mask of the sparse sequence.
+        in_place: whether, where sparse keys are tokens, the result is to say which, instead of holding them.
 
     Raises:
         ValueError: where `sparsity_type` is unknown.
     """
-    if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
+    if not layout.sparse_block_size:
         return None
-    chunk_size = min(block_size, sparse_block_size)
-    if fused and sparsity_type == "norm" and sparsity_factor > 1 and chunk_size <= LARGEST_CHUNK:
-        return choose_largest_norm(key.detach(), keep, num_global_tokens, block_size, chunk_size, sparsity_factor)
-    text_query, text_key, text_value, text_keep = (x[:, :, num_global_tokens:] for x in (query, key, value, keep))
-    index = choose_tokens(text_key.detach(), text_keep, sparsity_type, sparsity_factor, chunk_size, block_size)
+    g, factor, chunk_size = layout.num_global_tokens, layout.sparsity_factor, layout.chunk_size
+    if fused and sparsity_type == "norm" and factor > 1 and chunk_size <= LARGEST_CHUNK:
+        index, sparse_mask = choose_largest_norm(key.detach(), mask, g, layout.block_size, chunk_size, factor)
+        return SparseKeys(sparse_mask, token_index=index)
+    text_query, text_key, text_value, text_mask = (x[:, :, g:] for x in (query, key, value, mask))
+    index = choose_tokens(text_key.detach(), text_mask, layout, sparsity_type)
+    text_mask = pad_to_multiple(text_mask, layout.block_size, dim=2)
     if index is not None:
         batch, _, length, _ = key.shape
-        kept = pad_to_multiple(text_keep, block_size, dim=2).expand(-1, index.shape[1], -1)
-        kept = kept.gather(2, index.expand(batch, -1, -1))
-        first = length * torch.arange(batch, device=key.device)[:, None, None] + num_global_tokens
-        index = first + index.clamp(max=length - num_global_tokens - 1)  # What pads the text is masked.
+        sparse_mask = text_mask.expand(-1, index.shape[1], -1).gather(2, index.expand(batch, -1, -1))
+        first = length * torch.arange(batch, device=key.device)[:, None, None] + g
+        index = first + index.clamp(max=length - g - 1)  # What pads the text is masked.
         if in_place:
-            return index, kept
+            return SparseKeys(sparse_mask, token_index=index)
         rows = flat_rows(index)
-        return take_rows(key, rows), take_rows(value, rows), kept
-    text_key, text_value, text_keep = (pad_to_multiple(x, block_size, dim=2) for x in (text_key, text_value, text_keep))
-    if sparsity_factor == 1:
-        return text_key, text_value, text_keep
+        return SparseKeys(sparse_mask, take_rows(key, rows), take_rows(value, rows))
+    text_key, text_value = (pad_to_multiple(x, layout.block_size, dim=2) for x in (text_key, text_value))
+    if factor == 1:
+        return SparseKeys(text_mask, text_key, text_value)
     if sparsity_type == "pooling":
-        return pool_mean(text_key, text_value, text_keep, sparsity_factor)
-    if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and sparsity_factor == sparse_block_size):
-        return pool_by_query(text_key, text_value, text_keep, text_query[:, :, :1], sparsity_factor)
+        return pool_mean(text_key, text_value, text_mask, factor)
+    if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and factor == layout.sparse_block_size):
+        return pool_by_query(text_key, text_value, text_mask, text_query[:, :, :1], factor)
     if sparsity_type == "lsh":
-        return cluster_by_lsh(
-            text_key, text_value, text_keep, sparsity_factor, chunk_size, lsh_num_pre_rounds, lsh_seed
-        )
+        return cluster_by_lsh(text_key, text_value, text_mask, layout, lsh_num_pre_rounds, lsh_seed)
     raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
 
 
 def choose_tokens(
-    key: torch.Tensor,
-    keep: torch.Tensor,
-    sparsity_type: str | None,
-    factor: int,
-    chunk_size: int,
-    block_size: int,
+    key: torch.Tensor, mask: torch.Tensor, layout: LSGLayout, sparsity_type: str | None
 ) -> torch.Tensor | None:
     """The places in the text, padded to whole blocks, of the tokens that are the sparse keys: int64, of shape (batch or
     1, heads, T / f). None where sparse keys are not chosen tokens, or all."""
+    block_size, factor = layout.block_size, layout.sparsity_factor
     if factor == 1:
         return None
     if sparsity_type == "norm":
-        return largest_norm(key, keep, factor, chunk_size, block_size)
+        return largest_norm(key, mask, layout)
     blocks = torch.arange(0, key.shape[2], block_size, device=key.device)[:, None]
-    head, size = torch.arange(key.shape[1], device=key.device)[:, None, None], block_size // factor
-    chosen = torch.arange(size, device=key.device)
+    head = torch.arange(key.shape[1], device=key.device)[:, None, None]
+    chosen = torch.arange(layout.sparse_step, device=key.device)
     if sparsity_type == "stride":
         # Head h keeps every f-th token, from h mod f on.
         return (blocks + chosen * factor + head % factor).flatten(1)[None]
     if sparsity_type == "block_stride":
         # Head h keeps B / f tokens of each block, from h B / f on, wrapping round in the block.
-        return (blocks + (chosen + head * size) % block_size).flatten(1)[None]
+        return (blocks + (chosen + head * layout.sparse_step) % block_size).flatten(1)[None]
     return None
 
 
-def largest_norm(key: torch.Tensor, keep: torch.Tensor, factor: int, chunk_size: int, block_size: int) -> torch.Tensor:
-    """In each chunk the `1 / factor` of the tokens with the largest key norm, in their order; masked ones come last."""
+def largest_norm(key: torch.Tensor, mask: torch.Tensor, layout: LSGLayout) -> torch.Tensor:
+    """In each chunk the `1 / f` of the tokens with the largest key norm, in their order; masked ones come last."""
     # In float32: half precision would rank other keys first. As (batch, tokens, heads, head_dim), which is how the
     # projections lay keys down.
     norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_at_least_float32(key)).transpose(1, 2)
-    norm, keep = (pad_to_multiple(x, block_size, dim=2) for x in (norm, keep))
-    norm = norm.masked_fill(~keep, -1).unflatten(-1, (-1, chunk_size))
-    index = norm.topk(chunk_size // factor, dim=-1, sorted=False).indices.sort(dim=-1).values
-    starts = torch.arange(0, keep.shape[2], chunk_size, device=key.device)
+    norm, mask = (pad_to_multiple(x, layout.block_size, dim=2) for x in (norm, mask))
+    norm = norm.masked_fill(~mask, -1).unflatten(-1, (-1, layout.chunk_size))
+    chosen = layout.chunk_size // layout.sparsity_factor
+    index = norm.topk(chosen, dim=-1, sorted=False).indices.sort(dim=-1).values
+    starts = torch.arange(0, mask.shape[2], layout.chunk_size, device=key.device)
     return (index + starts[:, None]).flatten(-2)
 
 
-def pool_mean(key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, factor: int) -> Sparse:
+def pool_mean(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, factor: int) -> SparseKeys:
     """The mean of the tokens that are not masked in each run of `factor`."""
-    runs = keep.unflatten(-1, (-1, factor))
+    runs = mask.unflatten(-1, (-1, factor))
     weight = runs.to(key.dtype) / runs.sum(dim=-1, keepdim=True).clamp(min=1).to(key.dtype)
-    return _pool(key, weight), _pool(value, weight), runs.any(dim=-1)
+    return SparseKeys(runs.any(dim=-1), _pool(key, weight), _pool(value, weight))
 
 
 def pool_by_query(
-    key: torch.Tensor, value: torch.Tensor, keep: torch.Tensor, query: torch.Tensor, factor: int
-) -> Sparse:
+    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, query: torch.Tensor, factor: int
+) -> SparseKeys:
     """The mean of each run of `factor` tokens, weighted by a softmax over the run of `query . key / sqrt(d)`."""
-    runs = keep.unflatten(-1, (-1, factor))
+    runs = mask.unflatten(-1, (-1, factor))
     score = ((query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)).squeeze(-2).unflatten(-1, (-1, factor))
     score = score.masked_fill(~runs, torch.finfo(score.dtype).min)
     weight = score.softmax(dim=-1, dtype=_at_least_float32(key)).masked_fill(~runs, 0).to(key.dtype)
-    return _pool(key, weight), _pool(value, weight), runs.any(dim=-1)
+    return SparseKeys(runs.any(dim=-1), _pool(key, weight), _pool(value, weight))
 
 
 def cluster_by_lsh(
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor,
-    factor: int,
-    chunk_size: int,
+    mask: torch.Tensor,
+    layout: LSGLayout,
     num_pre_rounds: int,
     seed: int,
-) -> Sparse:
+) -> SparseKeys:
     """The means of the clusters into which locality-sensitive hashing puts the tokens of each chunk.
 
-    `num_pre_rounds` rounds with as many buckets as tokens merge what is alike, one more merges into
-    `chunk_size / factor` buckets. An empty bucket is masked. The rotations depend on `seed` alone.
+    `num_pre_rounds` rounds with as many buckets as tokens merge what is alike; one more merges into `1 / f` as
+    many. An empty bucket is masked. The rotations depend on `seed` alone.
     """
-    dtype = _at_least_float32(key)
+    dtype, chunk_size = _at_least_float32(key), layout.chunk_size
     # Sums and counts, so that the mean of merged clusters is weighted by how many tokens they stand for.
-    count = keep.expand(-1, key.shape[1], -1).to(dtype).unflatten(-1, (-1, chunk_size)).unsqueeze(-1)
+    count = mask.expand(-1, key.shape[1], -1).to(dtype).unflatten(-1, (-1, chunk_size)).unsqueeze(-1)
     clusters = torch.cat([key, value], dim=-1).to(dtype).unflatten(2, (-1, chunk_size)) * count
     clusters = torch.cat([clusters, count], dim=-1)
-    for round_, buckets in enumerate([chunk_size] * num_pre_rounds + [chunk_size // factor]):
+    for round_, buckets in enumerate([chunk_size] * num_pre_rounds + [chunk_size // layout.sparsity_factor]):
         with torch.no_grad():
             shape = (key.shape[1], 1, key.shape[-1], (buckets + 1) // 2)
             projected = clusters[..., : key.shape[-1]] @ _random_normal(shape, seed + round_, key.device).to(dtype)
@@ -164,7 +150,8 @@ def cluster_by_lsh(
         clusters = _sum_by_bucket(clusters, bucket, buckets)
     key_sum, value_sum, count = clusters.flatten(2, 3).split([key.shape[-1], value.shape[-1], 1], dim=-1)
     divisor = count.clamp(min=1)
-    return (key_sum / divisor).to(key.dtype), (value_sum / divisor).to(value.dtype), count.squeeze(-1) > 0.5
+    key, value = (key_sum / divisor).to(key.dtype), (value_sum / divisor).to(value.dtype)
+    return SparseKeys(count.squeeze(-1) > 0.5, key, value)
 
 
 def _sum_by_bucket(clusters: torch.Tensor, bucket: torch.Tensor, buckets: int) -> torch.Tensor:

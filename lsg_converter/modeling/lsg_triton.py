@@ -1,11 +1,11 @@
 """LSG attention on a GPU, fused: forward and backward, with dropout, packed rows, and as operators that compile."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .lsg_layout import flat_rows, operator_namespace, take_rows
+from .lsg_layout import LSGLayout, SparseKeys, flat_rows, operator_namespace, take_rows
 from .lsg_triton_kernels import (
     Inputs,
     Keys,
@@ -17,7 +17,7 @@ from .lsg_triton_kernels import (
     combine,
     forward,
     is_installed,
-    measure,
+    scan_mask,
     triton,
 )
 
@@ -28,7 +28,7 @@ LARGEST_CHUNK = 256  # beyond this `choose_largest_norm` no longer pays
 
 
 def _new_chosen(
-    key: torch.Tensor, keep: torch.Tensor, num_global_tokens: int, block_size: int, chunk_size: int, factor: int
+    key: torch.Tensor, mask: torch.Tensor, num_global_tokens: int, block_size: int, chunk_size: int, factor: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, length, _ = key.shape
     chosen = -(-(length - num_global_tokens) // block_size) * block_size // factor
@@ -37,22 +37,22 @@ def _new_chosen(
 
 
 def _choose_largest_norm(
-    key: torch.Tensor, keep: torch.Tensor, num_global_tokens: int, block_size: int, chunk_size: int, factor: int
+    key: torch.Tensor, mask: torch.Tensor, num_global_tokens: int, block_size: int, chunk_size: int, factor: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `1 / factor` of the keys of each chunk of text with the largest norm; of equal ones the first, masked last.
 
     Args:
         key: shape (batch, heads, g + t, head_dim).
-        keep: boolean, shape (batch, 1, g + t).
+        mask: boolean, shape (batch, 1, g + t).
         chunk_size: at most `LARGEST_CHUNK`; it divides `block_size`, to whole numbers of which the text is padded.
 
     Returns:
-        Which tokens, ascending, counted through all rows, int64, and which of them are kept, of shapes
-        (batch, heads, T / factor). What pads the text is not kept, and points to a token.
+        Which tokens, ascending, counted through all rows, int64, and their mask, of shapes (batch, heads, T / factor).
+        What pads the text is masked, and points to a token.
     """
-    outputs = _new_chosen(key, keep, num_global_tokens, block_size, chunk_size, factor)
+    outputs = _new_chosen(key, mask, num_global_tokens, block_size, chunk_size, factor)
     batch, heads, chosen = outputs[0].shape
-    key, mask = _token_major(key), keep.contiguous().view(torch.uint8)
+    key, mask = _token_major(key), mask.contiguous().view(torch.uint8)
     plan = Plan(key.shape[3], triton.next_power_of_2(key.shape[3]), num_global_tokens=num_global_tokens)
     with torch.cuda.device_of(key):
         choose[(chosen * factor // chunk_size, heads, batch)](
@@ -70,9 +70,8 @@ def _choose_largest_norm(
     return outputs
 
 
-def triton_serves(query: torch.Tensor, sizes: tuple[int, int, int, int]) -> str | None:
+def triton_serves(query: torch.Tensor, layout: LSGLayout) -> str | None:
     """Why `fused_attention` cannot do what is asked, or None where it can."""
-    num_global_tokens, block_size, sparse_block_size, sparsity_factor = sizes
     if not is_installed:
         return "Triton is not installed"
     if query.device.type != "cuda" and not _interpreted():
@@ -83,12 +82,12 @@ def triton_serves(query: torch.Tensor, sizes: tuple[int, int, int, int]) -> str 
         return f"it takes float32, bfloat16 and float16; got {query.dtype}"
     if query.shape[-1] not in (16, 32, 64, 80, 96, 128):
         return f"it takes a head_dim of 16, 32, 64, 80, 96 or 128; got {query.shape[-1]}"
-    if block_size % 32:
-        return f"it takes a block_size that is a multiple of 32; got {block_size}"
-    if not 0 <= num_global_tokens <= 512:
-        return f"it takes 0 to 512 global tokens; got {num_global_tokens}"
-    if sparse_block_size and sparsity_factor and block_size % sparsity_factor:
-        return f"block_size must be a multiple of sparsity_factor; got {block_size} and {sparsity_factor}"
+    if layout.block_size % 32:
+        return f"it takes a block_size that is a multiple of 32; got {layout.block_size}"
+    if not 0 <= layout.num_global_tokens <= 512:
+        return f"it takes 0 to 512 global tokens; got {layout.num_global_tokens}"
+    if layout.block_size % layout.sparsity_factor:
+        return f"block_size must be a multiple of sparsity_factor; got {layout.block_size} and {layout.sparsity_factor}"
     return None
 
 
@@ -96,9 +95,9 @@ def fused_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keep: torch.Tensor | None,
-    sparse: tuple[torch.Tensor, ...] | None,
-    sizes: tuple[int, int, int, int],
+    attention_mask: torch.Tensor | None,
+    sparse: SparseKeys | None,
+    layout: LSGLayout,
     dropout: float = 0.0,
     *,
     seed: torch.Tensor | None = None,
@@ -111,44 +110,39 @@ def fused_attention(
     Args:
         query, key, value: shape (batch, heads, g + t, head_dim), of any strides: `g = num_global_tokens` globals, then
             `t` text tokens, any number of them. A text of at most two blocks gets ordinary full attention.
-        keep: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
-        sparse: the sparse keys, values and their mask, which is boolean, of shapes (batch, heads, s, head_dim) and
-            (batch, 1 or heads, s), with `s = ceil(t / block_size) * block_size / sparsity_factor`; or None. Instead of
-            keys and values, where they are tokens: which, counted through all rows, (batch, heads, s), int64. No two
-            that are kept are the same.
-        sizes: `num_global_tokens`, `block_size`, `sparse_block_size`, `sparsity_factor`.
+        attention_mask: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
+        sparse: the `layout.num_sparse_keys(t)` sparse keys, or None.
         dropout: the probability with which a probability is dropped.
         seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
         cu_seqlens: int32, shape (rows + 1,), on the device, for packed rows: `batch` is 1, and row `r`, its globals
             followed by its text, is the tokens `[cu_seqlens[r], cu_seqlens[r + 1])`.
         max_seqlen: for packed rows, a bound of `g + t` over them.
-        cu_sparse: int32, shape (rows + 1,): the sparse tokens `[cu_sparse[r], cu_sparse[r + 1])` are those of the
-            packed row `r`. By default rows have as many as `s` above, one row's after the other's.
+        cu_sparse: int32, shape (rows + 1,): the sparse keys `[cu_sparse[r], cu_sparse[r + 1])` are those of the packed
+            row `r`. By default rows have as many as `sparse` says above, one row's after the other's.
 
     Returns:
         The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key, and
-        behind the last token of a row that is kept, where rows are not packed: those take no part.
+        behind the last token of a row that is not masked, where rows are not packed: those take no part.
+
+    Raises:
+        ValueError: where `cu_seqlens` comes without `max_seqlen`.
     """
-    num_global_tokens, block_size, sparse_block_size, sparsity_factor = sizes
     if dropout > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
-    if not (sparse_block_size and sparsity_factor):
+    if not layout.sparse_block_size:
         sparse = None
     if cu_seqlens is not None and max_seqlen is None:
         raise ValueError("cu_seqlens needs max_seqlen, a bound of the lengths of its rows")
     if cu_seqlens is not None and sparse is not None and cu_sparse is None:
-        blocks = (cu_seqlens.diff() - num_global_tokens + block_size - 1) // block_size
+        blocks = (cu_seqlens.diff() - layout.num_global_tokens + layout.block_size - 1) // layout.block_size
         cu_sparse = torch.zeros_like(cu_seqlens)
-        cu_sparse[1:] = (blocks * (block_size // sparsity_factor)).cumsum(0)
-    sparse_key = sparse_value = sparse_keep = index = None
-    if sparse is not None and len(sparse) > 2:
-        sparse_key, sparse_value, sparse_keep = sparse
-    elif sparse is not None:
-        index, sparse_keep = sparse
-    states = (query, key, value, keep, sparse_key, sparse_value, sparse_keep)
-    numbers = [query.shape[2] if max_seqlen is None else max_seqlen, *sizes]
+        cu_sparse[1:] = (blocks * layout.sparse_step).cumsum(0)
+    sparse_mask, *sparse_states = sparse or (None, None, None, None)
+    sparse_key, sparse_value, index = sparse_states
+    tensors = (query, key, value, attention_mask, sparse_key, sparse_value, sparse_mask)
     others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, index)
-    return _attention_operator(*states, *others, numbers, dropout)[0]
+    sizes = [query.shape[2] if max_seqlen is None else max_seqlen, *layout]
+    return _attention_operator(*tensors, *others, sizes, dropout)[0]
 
 
 def dropout_keep_mask(
@@ -159,7 +153,7 @@ def dropout_keep_mask(
     Args:
         seed: int64, shape (1,).
         queries: the places of queries among the `g + t` tokens of their row.
-        keys: those of keys; sparse key `s` has the place `SPARSE_IDENTITY + s`.
+        keys: those of keys; sparse key `s` has the place `FIRST_SPARSE_ID + s`.
     """
 
     def multiply(bits: torch.Tensor, factor: int = 0x45D9F3B) -> torch.Tensor:
@@ -196,18 +190,55 @@ def _precision() -> str:
     return "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
 
 
+class _Scans(NamedTuple):
+    """What `scan_mask` finds in the masks of a call: it is looked for once, and kept for the backward pass.
+
+    Attributes:
+        seqused: int32, shape (rows,): the tokens of each row up to the last that is not masked.
+        full_tiles, sparse_full_tiles: int8, shape (rows, heads of the mask, tiles): whether no key of a tile is masked;
+            of text, and of sparse keys.
+    """
+
+    seqused: torch.Tensor
+    full_tiles: torch.Tensor
+    sparse_full_tiles: torch.Tensor
+
+
+def _key_tile(query: torch.Tensor) -> int:
+    """The keys of a tile that queries go through."""
+    return 32 if query.dtype in WIDE_TYPES else 64
+
+
+def _new_scans(*arguments: Any) -> _Scans:
+    query, mask, sparse_mask, cu_seqlens, sizes = (arguments[i] for i in (0, 3, 6, _CU_SEQLENS, _SIZES))
+    max_seqlen, layout = sizes[0], LSGLayout(*sizes[1:])
+    text_length = max_seqlen - layout.num_global_tokens
+    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def full_tiles(heads: int, keys: int) -> torch.Tensor:
+        # One tile more is read than there are.
+        return query.new_empty((rows, heads, -(-keys // _key_tile(query)) + 1), dtype=torch.int8)
+
+    return _Scans(
+        query.new_full((0 if mask is None else rows,), layout.num_global_tokens, dtype=torch.int32),
+        full_tiles(0 if mask is None else 1, layout.num_blocks(text_length) * layout.block_size),
+        full_tiles(0 if sparse_mask is None else sparse_mask.shape[1], layout.num_sparse_keys(text_length)),
+    )
+
+
 class _Call:
     """The kernels of one call of `_attention`, whose arguments these are, with what they share."""
 
     def __init__(
         self,
+        scans: _Scans,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        keep: torch.Tensor | None,
+        mask: torch.Tensor | None,
         sparse_key: torch.Tensor | None,
         sparse_value: torch.Tensor | None,
-        sparse_keep: torch.Tensor | None,
+        sparse_mask: torch.Tensor | None,
         seed: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
@@ -215,82 +246,79 @@ class _Call:
         sizes: list[int],
         dropout: float,
     ) -> None:
-        max_seqlen, self.g, block_size, sparse_block_size, sparsity_factor = sizes
-        self.packed = cu_seqlens is not None
+        max_seqlen, layout = sizes[0], LSGLayout(*sizes[1:])
+        self.packed, self.scans, self.g = cu_seqlens is not None, scans, layout.num_global_tokens
         self.heads, self.head_dim = query.shape[1], query.shape[3]
         self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         self.wide, self.large = query.dtype in WIDE_TYPES, self.head_dim > 64
-        sparse_length = 0 if sparse_keep is None else sparse_keep.shape[2]
+        sparse_length = 0 if sparse_mask is None else sparse_mask.shape[2]
 
         any_keys = Keys(*[self.strided(_token_major(query))] * 5)
         sparse = any_keys
         if index is not None:
             rows = flat_rows(index)
             sparse_key, sparse_value = take_rows(key, rows), take_rows(value, rows)
-            sparse = sparse._replace(chosen=self.strided(index))
-        if sparse_key is not None and sparse_value is not None and sparse_keep is not None:
+            sparse = sparse._replace(token_index=self.strided(index))
+        if sparse_key is not None and sparse_value is not None and sparse_mask is not None:
             parts = [self.strided(_token_major(tensor)) for tensor in (sparse_key, sparse_value)]
-            sparse = sparse._replace(key=parts[0], value=parts[1], keep=self.strided_mask(sparse_keep))
+            sparse = sparse._replace(key=parts[0], value=parts[1], mask=self.strided_mask(sparse_mask))
+            sparse = sparse._replace(full_tiles=self.strided_tiles(scans.sparse_full_tiles))
         parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
-        mask = sparse.keep if keep is None else self.strided_mask(keep[:, None])
+        tokens = sparse._replace(key=parts[0], value=parts[1])
+        if mask is not None:
+            full_tiles = self.strided_tiles(scans.full_tiles)
+            tokens = tokens._replace(mask=self.strided_mask(mask[:, None]), full_tiles=full_tiles)
         self.inputs = Inputs(
             query=any_keys.key,
-            tokens=sparse._replace(key=parts[0], value=parts[1], keep=mask),
+            tokens=tokens,
             sparse=sparse,
             length=query.shape[2],
             sparse_length=sparse_length,
             cu_seqlens=query if cu_seqlens is None else cu_seqlens,
             cu_sparse=query if cu_sparse is None else cu_sparse,
-            real_lengths=query,
+            seqused=query if mask is None else scans.seqused,
             seed=query if seed is None else seed,
             threshold=_threshold(dropout),
-            survivor_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
+            keep_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
         )
         self.plan = Plan(
             self.head_dim,
             triton.next_power_of_2(self.head_dim),
             heads=self.heads,
             num_global_tokens=self.g,
-            block_size=block_size,
-            sparse_block_size=sparse_block_size if sparse_length else 0,
-            sparsity_factor=sparsity_factor if sparse_length else 1,
+            block_size=layout.block_size,
+            sparse_block_size=layout.sparse_block_size if sparse_length else 0,
+            sparsity_factor=layout.sparsity_factor if sparse_length else 1,
             scale=self.head_dim**-0.5,
             scale_log2e=self.head_dim**-0.5 * math.log2(math.e),
-            masked=keep is not None,
+            masked=mask is not None,
             sparse=sparse_length > 0,
-            chosen=index is not None,
+            indexed=index is not None,
             dropout=dropout > 0.0,
             packed=self.packed,
             precision=_precision(),
             chunk=GLOBAL_CHUNK,
         )
-        text = -(-max(max_seqlen - self.g, 0) // block_size) * block_size
-        self.text, self.sparse_text = text, text // self.plan.sparsity_factor
-        self.chunks = max(-(-text // GLOBAL_CHUNK), 1)
-        self.largest_tile = block_size & -block_size  # of what a program gives, which must lie in one block
-        self.key_tile = 32 if self.wide else 64  # that queries read, and of which `measure` says whether it is whole
-        if sparse_keep is not None:
-            sparse = self.measure(sparse, sparse_keep.shape[1], self.sparse_text, None)
-        tokens, real_lengths = self.inputs.tokens._replace(whole=sparse.whole), query
-        if keep is not None:
-            real_lengths = query.new_full((self.num_rows,), self.g, dtype=torch.int32)
-            tokens = self.measure(tokens, 1, self.text, real_lengths)
-        self.inputs = self.inputs._replace(tokens=tokens, sparse=sparse, real_lengths=real_lengths)
+        self.text = layout.num_blocks(max_seqlen - self.g) * layout.block_size
+        self.sparse_text = self.text // self.plan.sparsity_factor
+        self.chunks = max(-(-self.text // GLOBAL_CHUNK), 1)
+        self.largest_tile = layout.block_size & -layout.block_size  # of what a program gives, which lies in one block
+        self.key_tile = _key_tile(query)
 
-    def measure(self, keys: Keys, heads: int, tokens: int, real_lengths: torch.Tensor | None) -> Keys:
-        """`keys`, of at most so many tokens in a row, with what says which tiles are kept as a whole.
-
-        Without `real_lengths`, which grow to the last token that is kept, these are sparse keys.
-        """
-        tiles = -(-tokens // self.key_tile) + 1  # one more is read
-        whole = torch.empty(self.num_rows, heads, tiles, dtype=torch.int8, device=keys.keep.data.device)
-        keys = keys._replace(whole=Strided(whole, whole.stride(0), whole.stride(1) if heads > 1 else 0, 1))
+    def scan(self) -> None:
+        """Fill the scans."""
         plan = self.plan._replace(masked=False, key_tile=self.key_tile)
-        grid = (-(-tokens // plan.chunk), heads, self.num_rows)
-        if all(grid):
-            of_sparse = real_lengths is None
-            measure[grid](self.inputs, keys, whole if of_sparse else real_lengths, OF_SPARSE=of_sparse, PLAN=plan)
-        return keys
+
+        def launch(keys: Keys, heads: int, tokens: int, result: torch.Tensor, of_sparse: bool) -> None:
+            grid = (-(-tokens // plan.chunk), heads, self.num_rows)
+            if all(grid):
+                scan_mask[grid](self.inputs, keys, result, OF_SPARSE=of_sparse, PLAN=plan)
+
+        sparse_full_tiles = self.scans.sparse_full_tiles
+        if self.plan.sparse:
+            launch(self.inputs.sparse, sparse_full_tiles.shape[1], self.sparse_text, sparse_full_tiles, True)
+        if self.plan.masked:
+            launch(self.inputs.tokens, 1, self.text, self.scans.seqused, False)
 
     def strided(self, tensor: torch.Tensor) -> Strided:
         """`tensor` of shape (batch, heads, tokens[, head_dim]); packed rows are told apart by their tokens alone."""
@@ -299,9 +327,13 @@ class _Call:
         batch, head, token = (0 if size == 1 else stride for size, stride in sizes)
         return Strided(tensor, 0 if self.packed else batch, head, token)
 
-    def strided_mask(self, keep: torch.Tensor) -> Strided:
+    def strided_mask(self, mask: torch.Tensor) -> Strided:
         """A mask of shape (batch, 1 or heads, tokens)."""
-        return self.strided((keep if keep.stride(-1) == 1 else keep.contiguous()).view(torch.uint8))
+        return self.strided((mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8))
+
+    def strided_tiles(self, full_tiles: torch.Tensor) -> Strided:
+        """What says which tiles are full, of shape (rows, 1 or heads, tiles)."""
+        return Strided(full_tiles, full_tiles.stride(0), full_tiles.stride(1) if full_tiles.shape[1] > 1 else 0, 1)
 
     def launch(
         self, kernel: Any, tokens: int, tiles: tuple[int, int], *arguments: Any, chunks: int = 1, **options: Any
@@ -331,43 +363,43 @@ class _Call:
         part = torch.empty(shape, dtype=torch.float32, device=self.inputs.query.data.device)
         return Strided(part, *part.stride()[:3])
 
-    def forward(self, output: Strided, normalizer: Strided) -> None:
+    def forward(self, output: Strided, lse: Strided) -> None:
         settings: dict[str, Any] = {"num_stages": 2 if self.large else 3}
         of_text = settings
         if self.plan.block_size % 128 == 0:
             # 128 registers leave room for two programs on a multiprocessor.
             of_text = settings | {"num_warps": 8, "maxnreg": None if self.large else 128}
-        self.launch(forward, self.text, (128, self.key_tile), self.inputs, output, normalizer, GLOBAL=False, **of_text)
+        self.launch(forward, self.text, (128, self.key_tile), self.inputs, output, lse, GLOBAL=False, **of_text)
         if self.g:
             g, tile = self.global_rows()
             part, weights = self.part(self.head_dim), self.part(1)
             arguments = ((tile, self.key_tile), self.inputs, part, weights)
             self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, **settings)
-            self.launch(combine, g, (tile, 16), part, weights, self.inputs, output, normalizer, WEIGHTED=True)
+            self.launch(combine, g, (tile, 16), part, weights, self.inputs, output, lse, WEIGHTED=True)
 
     def backward(self, states: list[Strided], grads: list[Strided]) -> None:
-        """`states` are the output, its gradient, the normalizers, and room for the facts that keys need of a query."""
-        grad_output, normalizer, facts = states[1:]
+        """`states` are the output, its gradient, the `lse`, and room for the statistics that keys need of a query."""
+        grad_output, lse, query_stats = states[1:]
         grad_query, grad_key, grad_value, *sparse_grads = grads
         inputs, g, tile = self.inputs, *self.global_rows()
         settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
         of_globals = {"chunks": self.chunks, "num_stages": 2}
-        # Queries first: they leave the facts.
+        # Queries first: they leave the statistics.
         of_queries = (inputs, *states)
         tiles = 64, self.key_tile
         self.launch(backward_queries, self.text, tiles, *of_queries, grad_query, GLOBAL=False, **settings)
         if g:
             part = self.part(self.head_dim)
             self.launch(backward_queries, g, (tile, self.key_tile), *of_queries, part, GLOBAL=True, **of_globals)
-            self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, normalizer, WEIGHTED=False)
+            self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, lse, WEIGHTED=False)
         query_tile = 32 if self.large else 64
-        of_keys = (inputs, grad_output, facts)
+        of_keys = (inputs, grad_output, query_stats)
         self.launch(backward_keys, self.text, (query_tile, 64), *of_keys, grad_key, grad_value, KIND="text", **settings)
         if g:
             parts = self.part(self.head_dim), self.part(self.head_dim)
             self.launch(backward_keys, g, (64, tile), *of_keys, *parts, KIND="global", **of_globals)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
-                self.launch(combine, g, (tile, 16), part, part, inputs, target, normalizer, WEIGHTED=False)
+                self.launch(combine, g, (tile, 16), part, part, inputs, target, lse, WEIGHTED=False)
         if self.plan.sparse:
             # Chosen tokens have a gradient by now, to which is added.
             of_sparse = sparse_grads or (grad_key, grad_value)
@@ -377,22 +409,23 @@ class _Call:
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? sparse_key, Tensor? sparse_value, "
-    "Tensor? sparse_keep, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, SymInt[] sizes, "
+    "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sparse_key, Tensor? sparse_value, "
+    "Tensor? sparse_mask, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, SymInt[] sizes, "
     "float dropout"
 )
-_CU_SEQLENS = 8  # among them
+_CU_SEQLENS, _SIZES = 8, 11  # among them
+_SAVED = "Tensor output, Tensor lse, Tensor seqused, Tensor full_tiles, Tensor sparse_full_tiles"
 
 
-def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, ...]:
     query = arguments[0]
-    return _new_token_major(query, arguments), query.new_empty(query.shape[:3], dtype=torch.float32)
+    output, lse = _new_token_major(query, arguments), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return output, lse, *_new_scans(*arguments)
 
 
-def _new_grads(
-    grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
-) -> list[torch.Tensor]:
+def _new_grads(grad_output: torch.Tensor, *saved_and_arguments: Any) -> list[torch.Tensor]:
     """For queries, keys, values, and, if there are any, sparse keys and values."""
+    arguments = saved_and_arguments[2 + len(_Scans._fields) :]
     return [_new_token_major(arguments[i], arguments) for i in (0, 1, 2, 4, 5) if arguments[i] is not None]
 
 
@@ -403,32 +436,42 @@ def _new_token_major(like: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Te
     return new((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-def _attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the normalizers; `sizes` are max_seqlen, g, block_size, sparse_block_size and sparsity_factor."""
+def _attention(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """The output, and what the backward pass needs beside it; `sizes` are max_seqlen and the layout's."""
     outputs = _new_outputs(*arguments)
-    with torch.cuda.device_of(outputs[0]):
-        call = _Call(*arguments)
-        call.forward(*(call.strided(tensor) for tensor in outputs))
+    output, lse, *scans = outputs
+    with torch.cuda.device_of(output):
+        call = _Call(_Scans(*scans), *arguments)
+        call.scan()
+        call.forward(call.strided(output), call.strided(lse))
     return outputs
 
 
 def _attention_backward(
-    grad_output: torch.Tensor, output: torch.Tensor, normalizer: torch.Tensor, *arguments: Any
+    grad_output: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    seqused: torch.Tensor,
+    full_tiles: torch.Tensor,
+    sparse_full_tiles: torch.Tensor,
+    *arguments: Any,
 ) -> list[torch.Tensor]:
-    grads = _new_grads(grad_output, output, normalizer, *arguments)
-    states = (output, _token_major(grad_output), normalizer, normalizer.new_empty((*normalizer.shape, 4)))
+    scans = _Scans(seqused, full_tiles, sparse_full_tiles)
+    grads = _new_grads(grad_output, output, lse, *scans, *arguments)
+    states = (output, _token_major(grad_output), lse, lse.new_empty((*lse.shape, 4)))
     with torch.cuda.device_of(output):
-        call = _Call(*arguments)
+        call = _Call(scans, *arguments)
         call.backward([call.strided(state) for state in states], [call.strided(grad) for grad in grads])
     return grads
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, ctx.sizes, ctx.dropout = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate(ctx: Any, grad_output: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     grads = _attention_backward_operator(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
     sparse_grads = grads[3:] or [None, None]
     return (*grads[:3], None, *sparse_grads, *[None] * 7)
@@ -438,18 +481,21 @@ choose_largest_norm = torch.library.custom_op(
     f"{_NAMESPACE}::choose_largest_norm",
     _choose_largest_norm,
     mutates_args=(),
-    schema="(Tensor key, Tensor keep, SymInt num_global_tokens, SymInt block_size, SymInt chunk_size, SymInt factor) "
+    schema="(Tensor key, Tensor mask, SymInt num_global_tokens, SymInt block_size, SymInt chunk_size, SymInt factor) "
     "-> (Tensor, Tensor)",
 )
 choose_largest_norm.register_fake(_new_chosen)
 _attention_operator = torch.library.custom_op(
-    f"{_NAMESPACE}::attention", _attention, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+    f"{_NAMESPACE}::attention",
+    _attention,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * (2 + len(_Scans._fields)))})",
 )
 _attention_backward_operator = torch.library.custom_op(
     f"{_NAMESPACE}::attention_backward",
     _attention_backward,
     mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor output, Tensor normalizer, {_ARGUMENTS}) -> Tensor[]",
+    schema=f"(Tensor grad_output, {_SAVED}, {_ARGUMENTS}) -> Tensor[]",
 )
 _attention_operator.register_fake(_new_outputs)
 _attention_backward_operator.register_fake(_new_grads)

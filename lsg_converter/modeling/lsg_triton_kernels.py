@@ -10,7 +10,7 @@ programs share the tokens in chunks, and `combine` merges their parts.
 What counts in a loop is how many instructions it has: with all of softmax and dropout they take longer than the
 products. Masks are looked at in tiles that they cut alone, and what is the same in every turn is brought before it.
 
-Softmax is computed with powers of two. A query's normalizer is the logarithm, to base two, of the sum of its
+Softmax is computed with powers of two. The `lse` of a query is the logarithm, to base two, of the sum of its
 exponentials; it is infinite where a query has no key, which gives it probabilities of zero.
 """
 
@@ -36,7 +36,7 @@ except ImportError:
 is_installed = not isinstance(triton, _Absent)
 
 
-SPARSE_IDENTITY = 2**30  # added to the places of sparse keys, to tell them from tokens in the dropout's hash
+FIRST_SPARSE_ID = 2**30  # added to the places of sparse keys, to tell them from tokens in the dropout's hash
 
 
 class Strided(NamedTuple):
@@ -49,24 +49,24 @@ class Strided(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys, values, their mask, and which tiles of it are kept as a whole: of text, or of sparse keys.
+    """Keys, values, their mask, and which of its tiles are full (no key in them is masked): of text, or of sparse keys.
 
-    Where sparse keys are tokens, `chosen` says which, counted through all rows.
+    Where sparse keys are tokens, `token_index` says which, counted through all rows.
     """
 
     key: Strided
     value: Strided
-    keep: Strided
-    whole: Strided
-    chosen: Strided
+    mask: Strided
+    full_tiles: Strided
+    token_index: Strided
 
 
 class Inputs(NamedTuple):
     """What every kernel reads. What is not there is not read, but has an address: that of something else.
 
     Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. Of a row
-    with a mask `real_lengths` tokens take part, those up to the last of text that is kept. A probability survives the
-    dropout where its 31 highest random bits reach `threshold`.
+    with a mask `seqused` tokens take part, those up to the last of text that is not masked. Dropout keeps a probability
+    where its 31 highest random bits reach `threshold`.
     """
 
     query: Strided
@@ -76,10 +76,10 @@ class Inputs(NamedTuple):
     sparse_length: int
     cu_seqlens: Any
     cu_sparse: Any
-    real_lengths: Any
+    seqused: Any
     seed: Any
     threshold: int
-    survivor_scale: float
+    keep_scale: float
 
 
 class Plan(NamedTuple):
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
     scale_log2e: float = 1.0
     masked: bool = False
     sparse: bool = False
-    chosen: bool = False
+    indexed: bool = False
     dropout: bool = False
     packed: bool = False
     precision: str = "ieee"
@@ -118,7 +118,7 @@ def _place(inputs: Inputs, PLAN: tl.constexpr) -> tl.tensor:
             sparse_first = tl.load(inputs.cu_sparse + row).to(tl.int64)
             sparse_length = (tl.load(inputs.cu_sparse + row + 1) - sparse_first).to(tl.int32)
     elif PLAN.masked:
-        length = tl.load(inputs.real_lengths + row)
+        length = tl.load(inputs.seqused + row)
     return row, head, first, sparse_first, length, sparse_length
 
 
@@ -157,12 +157,12 @@ def _store_rows(
     base: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
-    whole: tl.tensor,
+    row_end: tl.tensor,
     PLAN: tl.constexpr,
 ) -> tl.tensor:
-    """As `_store_tile`, and zeros from `end` on to `whole`, where the row ends: nobody else writes there."""
+    """As `_store_tile`, and zeros from `end` on to `row_end`: nobody else writes there."""
     inside = start + tl.arange(0, tile.shape[0]) < end
-    _store_tile(tl.where(inside[:, None], tile, 0.0), target, base, start, tl.maximum(end, whole), PLAN)
+    _store_tile(tl.where(inside[:, None], tile, 0.0), target, base, start, tl.maximum(end, row_end), PLAN)
 
 
 @triton.jit
@@ -178,14 +178,14 @@ def _add_rows(
 
 
 @triton.jit
-def _count(ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+def _num_tiles(ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     """How many tiles of SIZE cover four ranges."""
     a, a_end, b, b_end, c, c_end, d, d_end = ranges
     return tl.cdiv(a_end - a, SIZE) + tl.cdiv(b_end - b, SIZE) + tl.cdiv(c_end - c, SIZE) + tl.cdiv(d_end - d, SIZE)
 
 
 @triton.jit
-def _tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+def _locate_tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     """Where a tile of four ranges begins, where its range ends, and the number of the range."""
     a, a_end, b, b_end, c, c_end, d, d_end = ranges
     in_b = number - tl.cdiv(a_end - a, SIZE)
@@ -199,7 +199,7 @@ def _tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl.tensor
 
 
 @triton.jit
-def _chunk(number: tl.tensor, length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
+def _chunk_ranges(number: tl.tensor, length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
     """The ranges of a chunk of the text, the first of which has the globals too."""
     zero = tl.program_id(0) * 0
     low = tl.minimum(PLAN.num_global_tokens + number * PLAN.chunk, length)
@@ -213,7 +213,7 @@ def _num_chunks(length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
+def _query_ranges(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
     """The chunk of this program, where its queries begin and end, and the ranges of keys that they see.
 
     This is where it is said what a query sees; `backward_keys` says the same from the side of the keys. A causal form
@@ -228,7 +228,7 @@ def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexp
         tiles: tl.constexpr = (G + PLAN.query_tile - 1) // PLAN.query_tile
         chunk = tl.program_id(0) // tiles
         start = (tl.program_id(0) % tiles) * PLAN.query_tile
-        return chunk, start, zero + G, _chunk(chunk, length, PLAN)
+        return chunk, start, zero + G, _chunk_ranges(chunk, length, PLAN)
     else:
         start = tl.program_id(0) * PLAN.query_tile
         block = start // B
@@ -244,7 +244,7 @@ def _query_tile(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexp
 
 
 @triton.jit
-def _key_tile(
+def _load_key_tile(
     start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
 ) -> tl.tensor:
     """Keys and values of a tile."""
@@ -264,29 +264,29 @@ def _key_tile(
 
 
 @triton.jit
-def _whole(
+def _is_full(
     start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
 ) -> tl.tensor:
-    """Whether all keys of a tile may be attended to, as nearly always: then nothing is spent on a mask."""
+    """Whether no key of a tile is masked, as nearly always: then nothing is spent on a mask."""
     row, head, _, _ = place
-    whole = start + PLAN.key_tile <= end
+    full = start + PLAN.key_tile <= end
     if PLAN.masked or PLAN.sparse:
-        flags, low = _base(inputs.tokens.whole, row, head, row * 0), start - PLAN.num_global_tokens
-        whole = whole & ((low >= 0) | of_sparse)
-        read = whole
+        flags, low = _base(inputs.tokens.full_tiles, row, head, row * 0), start - PLAN.num_global_tokens
+        full = full & ((low >= 0) | of_sparse)
+        read = full
         if PLAN.sparse:
-            flags = tl.where(of_sparse, _base(inputs.sparse.whole, row, head, row * 0), flags)
+            flags = tl.where(of_sparse, _base(inputs.sparse.full_tiles, row, head, row * 0), flags)
             low = tl.where(of_sparse, start, low)
             if not PLAN.masked:
-                read = whole & of_sparse
+                read = full & of_sparse
         # A tile of a range may lie across two of the mask.
-        whole = whole & (tl.load(flags + low // PLAN.key_tile, mask=read, other=1) != 0)
-        whole = whole & (tl.load(flags + (low + PLAN.key_tile - 1) // PLAN.key_tile, mask=read, other=1) != 0)
-    return whole
+        full = full & (tl.load(flags + low // PLAN.key_tile, mask=read, other=1) != 0)
+        full = full & (tl.load(flags + (low + PLAN.key_tile - 1) // PLAN.key_tile, mask=read, other=1) != 0)
+    return full
 
 
 @triton.jit
-def _kept(
+def _load_mask(
     start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
 ) -> tl.tensor:
     """Which keys of a tile may be attended to."""
@@ -294,12 +294,12 @@ def _kept(
     places = start + tl.arange(0, PLAN.key_tile)
     kept = places < end
     if PLAN.masked or PLAN.sparse:
-        keep, read = _base(inputs.tokens.keep, row, head, first), kept
+        mask, read = _base(inputs.tokens.mask, row, head, first), kept
         if PLAN.sparse:
-            keep = tl.where(of_sparse, _base(inputs.sparse.keep, row, head, sparse_first), keep)
+            mask = tl.where(of_sparse, _base(inputs.sparse.mask, row, head, sparse_first), mask)
             if not PLAN.masked:
                 read = kept & of_sparse
-        kept = kept & (tl.load(keep + places, mask=read, other=1) != 0)
+        kept = kept & (tl.load(mask + places, mask=read, other=1) != 0)
     return kept
 
 
@@ -316,16 +316,16 @@ def _scores(
 ) -> tl.tensor:
     """Of a tile of queries to a tile of keys, not yet scaled; -inf where a key may not be attended to."""
     scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision)
-    if not _whole(start, end, of_sparse, inputs, place, PLAN):
-        kept = _kept(start, end, of_sparse, inputs, place, PLAN)
+    if not _is_full(start, end, of_sparse, inputs, place, PLAN):
+        kept = _load_mask(start, end, of_sparse, inputs, place, PLAN)
         scores = tl.where(kept[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def _identities(start: tl.tensor, of_sparse: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
+def _key_ids(start: tl.tensor, of_sparse: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
     """By which the dropout tells the keys of a tile."""
-    return start + tl.arange(0, PLAN.key_tile) + tl.where(of_sparse, 1 << 30, 0)  # SPARSE_IDENTITY
+    return start + tl.arange(0, PLAN.key_tile) + tl.where(of_sparse, 1 << 30, 0)  # FIRST_SPARSE_ID
 
 
 @triton.jit
@@ -345,26 +345,26 @@ def _query_bits(seed: tl.tensor, row: tl.tensor, head: tl.tensor, queries: tl.te
 
 
 @triton.jit
-def _survives(query_bits: tl.tensor, identities: tl.tensor, threshold: tl.tensor) -> tl.tensor:
+def _dropout_keeps(query_bits: tl.tensor, key_ids: tl.tensor, threshold: tl.tensor) -> tl.tensor:
     """Which probabilities the dropout leaves; the shapes of queries and of keys are broadcast."""
     # Of `_mix` only as much as the highest bits need: this is done for every probability.
-    bits = (query_bits ^ (identities.to(tl.uint32) * 0x9E3779B1)) * 0x45D9F3B
+    bits = (query_bits ^ (key_ids.to(tl.uint32) * 0x9E3779B1)) * 0x45D9F3B
     bits = (bits ^ (bits >> 16)) * 0x45D9F3B
     return bits >= threshold.to(tl.uint32) * 2
 
 
 @triton.jit
-def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> None:
+def forward(inputs: Inputs, output: Strided, lse: Strided, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> None:
     """The output of a tile of queries: of text, or, if GLOBAL, of globals over one chunk of the tokens."""
     SIZE: tl.constexpr = PLAN.query_tile
     D: tl.constexpr = PLAN.padded_head_dim
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
-    chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
-    whole = end if GLOBAL or PLAN.packed else inputs.length
+    chunk, start, end, ranges = _query_ranges(length, sparse_length, GLOBAL, PLAN)
+    row_end = end if GLOBAL or PLAN.packed else inputs.length
     if (start >= end) | (chunk >= _num_chunks(length, PLAN)):
         if not GLOBAL:
             nothing = tl.zeros((SIZE, D), tl.float32)
-            _store_rows(nothing, output, _base(output, row, head, first), start, end, whole, PLAN)
+            _store_rows(nothing, output, _base(output, row, head, first), start, end, row_end, PLAN)
         return
 
     place = (row, head, first, sparse_first)
@@ -375,9 +375,9 @@ def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.con
     accumulated = tl.zeros((SIZE, D), tl.float32)
     largest = tl.full((SIZE,), float("-inf"), tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
-    for number in range(_count(ranges, PLAN.key_tile)):
-        key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
-        k, v = _key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
+    for number in range(_num_tiles(ranges, PLAN.key_tile)):
+        key_start, key_end, part = _locate_tile(number, ranges, PLAN.key_tile)
+        k, v = _load_key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
         scores = _scores(q, k, key_start, key_end, part >= 2, inputs, place, PLAN)
         new_largest = tl.maximum(largest, tl.max(scores, 1) * PLAN.scale_log2e)
         # Without a key so far all is -inf, of which no difference may be taken.
@@ -386,36 +386,36 @@ def forward(inputs: Inputs, output: Strided, normalizer: Strided, GLOBAL: tl.con
         correction = tl.exp2(largest - reference)
         total = total * correction + tl.sum(probabilities, 1)
         if PLAN.dropout:
-            identities = _identities(key_start, part >= 2, PLAN)
-            survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
-            probabilities = tl.where(survive, probabilities, 0.0)
+            key_ids = _key_ids(key_start, part >= 2, PLAN)
+            survives = _dropout_keeps(query_bits[:, None], key_ids[None, :], inputs.threshold)
+            probabilities = tl.where(survives, probabilities, 0.0)
         accumulated = accumulated * correction[:, None]
         accumulated = tl.dot(probabilities.to(v.dtype), v, accumulated, input_precision=PLAN.precision)
         largest = new_largest
 
     if PLAN.dropout:
-        accumulated = accumulated * inputs.survivor_scale
+        accumulated = accumulated * inputs.keep_scale
     # A query without a key must weigh nothing when chunks are combined, and have no probabilities in the backward pass.
     none = float("-inf") if GLOBAL else float("inf")
     some_total = tl.where(total == 0.0, 1.0, total)
-    normalizers = tl.where(total == 0.0, none, largest + tl.log2(some_total))
+    lses = tl.where(total == 0.0, none, largest + tl.log2(some_total))
     if GLOBAL:
         first = chunk.to(tl.int64) * PLAN.num_global_tokens
-    _store_rows(accumulated / some_total[:, None], output, _base(output, row, head, first), start, end, whole, PLAN)
-    tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
+    _store_rows(accumulated / some_total[:, None], output, _base(output, row, head, first), start, end, row_end, PLAN)
+    tl.store(_base(lse, row, head, first) + places, lses, mask=places < end)
 
 
 @triton.jit
 def combine(
     part: Strided,
-    part_normalizer: Strided,
+    part_lse: Strided,
     inputs: Inputs,
     output: Strided,
-    normalizer: Strided,
+    lse: Strided,
     WEIGHTED: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
-    """Merge what the chunks gave for global tokens: the sum, or, if WEIGHTED, the mean by their normalizers."""
+    """Merge what the chunks gave for global tokens: the sum, or, if WEIGHTED, the mean by their `lse`."""
     SIZE: tl.constexpr = PLAN.query_tile
     D: tl.constexpr = PLAN.padded_head_dim
     row, head, first, _, length, _ = _place(inputs, PLAN)
@@ -429,11 +429,11 @@ def combine(
         offset = row * 0 + chunk * PLAN.num_global_tokens
         tile = _load_tile(_base(part, row, head, offset), part.token, start, end, SIZE, PLAN)
         if WEIGHTED:
-            pointers = _base(part_normalizer, row, head, offset) + places
-            normalizers = tl.load(pointers, mask=places < end, other=float("-inf"))
-            new_largest = tl.maximum(largest, normalizers)
+            pointers = _base(part_lse, row, head, offset) + places
+            lses = tl.load(pointers, mask=places < end, other=float("-inf"))
+            new_largest = tl.maximum(largest, lses)
             reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            weight, correction = tl.exp2(normalizers - reference), tl.exp2(largest - reference)
+            weight, correction = tl.exp2(lses - reference), tl.exp2(largest - reference)
             accumulated = accumulated * correction[:, None] + tile * weight[:, None]
             total = total * correction + weight
             largest = new_largest
@@ -442,8 +442,8 @@ def combine(
     if WEIGHTED:
         some_total = tl.where(total == 0.0, 1.0, total)
         accumulated = accumulated / some_total[:, None]
-        normalizers = tl.where(total == 0.0, float("inf"), largest + tl.log2(some_total))
-        tl.store(_base(normalizer, row, head, first) + places, normalizers, mask=places < end)
+        lses = tl.where(total == 0.0, float("inf"), largest + tl.log2(some_total))
+        tl.store(_base(lse, row, head, first) + places, lses, mask=places < end)
     _store_tile(accumulated, output, _base(output, row, head, first), start, end, PLAN)
 
 
@@ -452,8 +452,8 @@ def backward_queries(
     inputs: Inputs,
     output: Strided,
     grad_output: Strided,
-    normalizer: Strided,
-    facts: Strided,
+    lse: Strided,
+    query_stats: Strided,
     grad_query: Strided,
     GLOBAL: tl.constexpr,
     PLAN: tl.constexpr,
@@ -462,12 +462,12 @@ def backward_queries(
     SIZE: tl.constexpr = PLAN.query_tile
     D: tl.constexpr = PLAN.padded_head_dim
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
-    chunk, start, end, ranges = _query_tile(length, sparse_length, GLOBAL, PLAN)
-    whole = end if GLOBAL or PLAN.packed else inputs.length
+    chunk, start, end, ranges = _query_ranges(length, sparse_length, GLOBAL, PLAN)
+    row_end = end if GLOBAL or PLAN.packed else inputs.length
     if (start >= end) | (chunk >= _num_chunks(length, PLAN)):
         if not GLOBAL:
             nothing = tl.zeros((SIZE, D), tl.float32)
-            _store_rows(nothing, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
+            _store_rows(nothing, grad_query, _base(grad_query, row, head, first), start, end, row_end, PLAN)
         return
 
     place = (row, head, first, sparse_first)
@@ -476,42 +476,42 @@ def backward_queries(
     do = _load_tile(_base(grad_output, row, head, first), grad_output.token, start, end, SIZE, PLAN)
     places = start + tl.arange(0, SIZE)
     inside = places < end
-    normalizers = tl.load(_base(normalizer, row, head, first) + places, mask=inside, other=float("inf"))
+    lses = tl.load(_base(lse, row, head, first) + places, mask=inside, other=float("inf"))
     deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if PLAN.dropout:
-        deltas = deltas / inputs.survivor_scale  # by which the gradient is multiplied as a whole
-    pointers, inside = _base(facts, row, head, first) + places * facts.token, inside & (chunk == 0)
-    tl.store(pointers, normalizers, mask=inside)
+        deltas = deltas / inputs.keep_scale  # by which the whole gradient is multiplied
+    pointers, inside = _base(query_stats, row, head, first) + places * query_stats.token, inside & (chunk == 0)
+    tl.store(pointers, lses, mask=inside)
     tl.store(pointers + 1, deltas, mask=inside)
     if PLAN.dropout:
         query_bits = _query_bits(inputs.seed, row, head, places, PLAN.heads)
         tl.store(pointers + 2, query_bits.to(tl.float32, bitcast=True), mask=inside)
     accumulated = tl.zeros((SIZE, D), tl.float32)
-    for number in range(_count(ranges, PLAN.key_tile)):
-        key_start, key_end, part = _tile(number, ranges, PLAN.key_tile)
-        k, v = _key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
+    for number in range(_num_tiles(ranges, PLAN.key_tile)):
+        key_start, key_end, part = _locate_tile(number, ranges, PLAN.key_tile)
+        k, v = _load_key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
         scores = _scores(q, k, key_start, key_end, part >= 2, inputs, place, PLAN)
-        probabilities = tl.exp2(scores * PLAN.scale_log2e - normalizers[:, None])
+        probabilities = tl.exp2(scores * PLAN.scale_log2e - lses[:, None])
         grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
         if PLAN.dropout:
-            identities = _identities(key_start, part >= 2, PLAN)
-            survive = _survives(query_bits[:, None], identities[None, :], inputs.threshold)
-            grads = tl.where(survive, grads, 0.0)
+            key_ids = _key_ids(key_start, part >= 2, PLAN)
+            survives = _dropout_keeps(query_bits[:, None], key_ids[None, :], inputs.threshold)
+            grads = tl.where(survives, grads, 0.0)
         grads = probabilities * (grads - deltas[:, None])
         accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
     accumulated = accumulated * PLAN.scale
     if PLAN.dropout:
-        accumulated = accumulated * inputs.survivor_scale
+        accumulated = accumulated * inputs.keep_scale
     if GLOBAL:
         first = chunk.to(tl.int64) * PLAN.num_global_tokens
-    _store_rows(accumulated, grad_query, _base(grad_query, row, head, first), start, end, whole, PLAN)
+    _store_rows(accumulated, grad_query, _base(grad_query, row, head, first), start, end, row_end, PLAN)
 
 
 @triton.jit
 def backward_keys(
     inputs: Inputs,
     grad_output: Strided,
-    facts: Strided,
+    query_stats: Strided,
     grad_key: Strided,
     grad_value: Strided,
     KIND: tl.constexpr,
@@ -553,44 +553,44 @@ def backward_keys(
         start = (tl.program_id(0) % tiles) * SIZE
         end = zero + G
         out_first = chunk.to(tl.int64) * G
-        ranges = _chunk(chunk, length, PLAN)
-    whole = end
+        ranges = _chunk_ranges(chunk, length, PLAN)
+    row_end = end
     if KIND == "text" and not PLAN.packed:
-        whole = inputs.length
+        row_end = inputs.length
     if (start >= end) | (chunk >= _num_chunks(length, PLAN)):
         if KIND == "text":
             nothing = tl.zeros((SIZE, D), tl.float32)
-            _store_rows(nothing, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
-            _store_rows(nothing, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
+            _store_rows(nothing, grad_key, _base(grad_key, row, head, out_first), start, end, row_end, PLAN)
+            _store_rows(nothing, grad_value, _base(grad_value, row, head, out_first), start, end, row_end, PLAN)
         return
 
     of_sparse = zero < (1 if KIND == "sparse" else 0)
     place = (row, head, first, sparse_first)
-    k, v = _key_tile(start, end, of_sparse, inputs, place, PLAN)
-    kept = _kept(start, end, of_sparse, inputs, place, PLAN)
+    k, v = _load_key_tile(start, end, of_sparse, inputs, place, PLAN)
+    kept = _load_mask(start, end, of_sparse, inputs, place, PLAN)
     if PLAN.dropout:
-        identities = _identities(start, of_sparse, PLAN)
+        key_ids = _key_ids(start, of_sparse, PLAN)
     places = start + tl.arange(0, SIZE)
     key_sum = tl.zeros((SIZE, D), tl.float32)
     value_sum = tl.zeros((SIZE, D), tl.float32)
     query_base, grad_base = _base(inputs.query, row, head, first), _base(grad_output, row, head, first)
-    facts_base, lines = _base(facts, row, head, first), tl.arange(0, PLAN.query_tile)[:, None]
+    stats_base, lines = _base(query_stats, row, head, first), tl.arange(0, PLAN.query_tile)[:, None]
     columns = tl.arange(0, 4 if PLAN.dropout else 2)[None, :]
-    for number in range(_count(ranges, PLAN.query_tile)):
-        query_start, query_end, part = _tile(number, ranges, PLAN.query_tile)
+    for number in range(_num_tiles(ranges, PLAN.query_tile)):
+        query_start, query_end, part = _locate_tile(number, ranges, PLAN.query_tile)
         q = _load_tile(query_base, inputs.query.token, query_start, query_end, PLAN.query_tile, PLAN)
         do = _load_tile(grad_base, grad_output.token, query_start, query_end, PLAN.query_tile, PLAN)
         # Where there is no query all is zero, of which nothing follows.
-        pointers = facts_base + query_start.to(tl.int64) * facts.token + lines * facts.token + columns
+        pointers = stats_base + query_start.to(tl.int64) * query_stats.token + lines * query_stats.token + columns
         loaded = tl.load(pointers, mask=query_start + lines < query_end, other=0.0)
         if PLAN.dropout:
             evens, odds = tl.split(tl.reshape(loaded, (PLAN.query_tile, 2, 2)))
-            normalizers, query_bits = tl.split(evens)
+            lses, query_bits = tl.split(evens)
             deltas, _ = tl.split(odds)
         else:
-            normalizers, deltas = tl.split(loaded)
+            lses, deltas = tl.split(loaded)
         scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision)
-        scores = scores * PLAN.scale_log2e - normalizers[None, :]
+        scores = scores * PLAN.scale_log2e - lses[None, :]
         if KIND == "sparse" and (step % SIZE or S % step):
             # The keys of a tile are not all seen by the same blocks.
             query_block = (query_start - G) // B
@@ -602,31 +602,31 @@ def backward_keys(
         survivors = probabilities
         if PLAN.dropout:
             query_bits = query_bits.to(tl.uint32, bitcast=True)
-            survive = _survives(query_bits[None, :], identities[:, None], inputs.threshold)
+            survives = _dropout_keeps(query_bits[None, :], key_ids[:, None], inputs.threshold)
             # Not a plain zero: the compiler would round before it chooses, which takes more instructions.
-            survivors = tl.where(survive, probabilities, inputs.survivor_scale * 0.0)
-            grads = tl.where(survive, grads, 0.0)
+            survivors = tl.where(survives, probabilities, inputs.keep_scale * 0.0)
+            grads = tl.where(survives, grads, 0.0)
         value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
         grads = probabilities * (grads - deltas[None, :])
         key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
     key_sum = key_sum * PLAN.scale
     if PLAN.dropout:
-        key_sum, value_sum = key_sum * inputs.survivor_scale, value_sum * inputs.survivor_scale
-    if KIND == "sparse" and PLAN.chosen:
-        pointers = _base(inputs.sparse.chosen, row, head, sparse_first) + places * inputs.sparse.chosen.token
+        key_sum, value_sum = key_sum * inputs.keep_scale, value_sum * inputs.keep_scale
+    if KIND == "sparse" and PLAN.indexed:
+        pointers = _base(inputs.sparse.token_index, row, head, sparse_first) + places * inputs.sparse.token_index.token
         # In the row of this program, which has its tokens from `first` on.
         tokens = tl.load(pointers, mask=kept, other=0) - (first if PLAN.packed else row * inputs.length)
         _add_rows(key_sum, grad_key, _base(grad_key, row, head, first), tokens, kept, PLAN)
         _add_rows(value_sum, grad_value, _base(grad_value, row, head, first), tokens, kept, PLAN)
     else:
         key_sum, value_sum = tl.where(kept[:, None], key_sum, 0.0), tl.where(kept[:, None], value_sum, 0.0)
-        _store_rows(key_sum, grad_key, _base(grad_key, row, head, out_first), start, end, whole, PLAN)
-        _store_rows(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, whole, PLAN)
+        _store_rows(key_sum, grad_key, _base(grad_key, row, head, out_first), start, end, row_end, PLAN)
+        _store_rows(value_sum, grad_value, _base(grad_value, row, head, out_first), start, end, row_end, PLAN)
 
 
 @triton.jit
-def measure(inputs: Inputs, keys: Keys, real_lengths: tl.tensor, OF_SPARSE: tl.constexpr, PLAN: tl.constexpr) -> None:
-    """Which tiles of a mask are kept as a whole, and how many tokens each row has up to the last that is kept."""
+def scan_mask(inputs: Inputs, keys: Keys, seqused: tl.tensor, OF_SPARSE: tl.constexpr, PLAN: tl.constexpr) -> None:
+    """Which tiles of a mask are full, and, of text, how many tokens each row has up to the last that is not masked."""
     SIZE: tl.constexpr = PLAN.chunk // PLAN.key_tile
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     tiles = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -635,38 +635,38 @@ def measure(inputs: Inputs, keys: Keys, real_lengths: tl.tensor, OF_SPARSE: tl.c
         first, length = sparse_first, sparse_length
     else:
         first, length = first + PLAN.num_global_tokens, length - PLAN.num_global_tokens
-    kept = tl.load(_base(keys.keep, row, head, first) + places, mask=places < length, other=1) != 0
-    whole = tl.min(kept.to(tl.int32), 1)
-    tl.store(_base(keys.whole, row, head, row * 0) + tiles, whole.to(tl.int8), mask=tiles * PLAN.key_tile < length)
+    kept = tl.load(_base(keys.mask, row, head, first) + places, mask=places < length, other=1) != 0
+    full = tl.min(kept.to(tl.int32), 1)
+    tl.store(_base(keys.full_tiles, row, head, row * 0) + tiles, full.to(tl.int8), mask=tiles * PLAN.key_tile < length)
     if not OF_SPARSE and not PLAN.packed:
         last = tl.max(tl.max(tl.where(kept & (places < length), places + 1, 0), 1), 0)
-        tl.atomic_max(real_lengths + row, last + PLAN.num_global_tokens)
+        tl.atomic_max(seqused + row, last + PLAN.num_global_tokens)
 
 
 @triton.jit
 def choose(
     key: Strided,
-    keep: Strided,
+    mask: Strided,
     index: Strided,
-    index_keep: Strided,
+    index_mask: Strided,
     length: tl.tensor,
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
-    """Which tokens of one chunk of text have the largest norms, in ascending order, and which of them are kept."""
+    """Which tokens of one chunk of text have the largest norms, in ascending order, and the mask of these."""
     chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     within = tl.arange(0, PADDED)
     start = PLAN.num_global_tokens + chunk * CHUNK
     end = tl.minimum(start + CHUNK, length)
     places = start + within
     tile = _load_tile(_base(key, row, head, row * 0), key.token, start, end, PADDED, PLAN).to(tl.float32)
-    kept = tl.load(_base(keep, row, head, row * 0) + places, mask=places < end, other=0) != 0
+    kept = tl.load(_base(mask, row, head, row * 0) + places, mask=places < end, other=0) != 0
     norm = tl.where(kept, tl.sum(tile * tile, 1), tl.where(within < CHUNK, -1.0, -2.0))
     larger = (norm[None, :] > norm[:, None]) | ((norm[None, :] == norm[:, None]) & (within[None, :] < within[:, None]))
     chosen = tl.sum(larger.to(tl.int32), 1) < CHOSEN
     target = chunk * CHOSEN + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tokens = row * length + tl.minimum(places, length - 1)
     tl.store(_base(index, row, head, row * 0) + target * index.token, tokens, mask=chosen)
-    tl.store(_base(index_keep, row, head, row * 0) + target, kept.to(tl.uint8), mask=chosen)
+    tl.store(_base(index_mask, row, head, row * 0) + target, kept.to(tl.uint8), mask=chosen)
