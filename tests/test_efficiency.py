@@ -12,6 +12,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "efficiency"))
 
 import benchmark
+import measurement
+from contenders import build, without_attention
 
 
 pytestmark = pytest.mark.newest
@@ -44,7 +46,7 @@ def test_some_models_on_a_batch_with_short_texts(tmp_path, capsys):
     assert "batch of 1 and 2 of 300 tokens" in table and "LSG" not in table.split("##")[1]
     measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
     assert [item["model"] for item in measured] == ["floor", "full"]
-    assert benchmark.Bench(320, benchmark.parse([*TINY, *flags])).mask.sum(1).tolist() == [320, 300, 300]
+    assert measurement.Bench(320, benchmark.parse([*TINY, *flags])).mask.sum(1).tolist() == [320, 300, 300]
 
 
 FAKE = """
@@ -100,14 +102,13 @@ def has_matplotlib():
 def test_what_cannot_run_is_a_dash(tmp_path, monkeypatch):
     """The reason stands in the JSON, and the other models are measured."""
 
-    def build(family, *arguments):
+    def failing_build(family, *arguments):
         if family in ("full", "bigbird"):
             raise torch.OutOfMemoryError("no room\nat all")
-        return original(family, *arguments)
+        return build(family, *arguments)
 
-    original = benchmark.build
-    monkeypatch.setattr(benchmark, "build", build)
-    monkeypatch.setattr(benchmark, "first_step", lambda bench, contender, mode: bench.begin(contender))
+    monkeypatch.setattr(measurement, "build", failing_build)
+    monkeypatch.setattr(measurement, "first_step", lambda bench, contender, mode: bench.begin(contender))
     assert benchmark.main([*TINY, "--modes", "forward", "--output", str(tmp_path), "--figures", str(tmp_path)]) == 0
     measurements = json.loads((tmp_path / "results.json").read_text())["measurements"]
     failed = {item["model"]: item["reason"] for item in measurements if item["reason"]}
@@ -117,11 +118,11 @@ def test_what_cannot_run_is_a_dash(tmp_path, monkeypatch):
 
 def test_the_floor_mixes_no_tokens_and_trains_every_projection():
     options = benchmark.parse(TINY)
-    model = benchmark.build("lsg", 64, options).eval()
+    model = build("lsg", 64, options).eval()
     first = torch.full((1, 64), 5)
     second = first.clone()
     second[0, 40] = 9
-    with benchmark.without_attention():
+    with without_attention():
         states, others = (model(tokens).last_hidden_state for tokens in (first, second))
         states.sum().backward()
     assert (states != others).any(-1).nonzero()[:, 1].tolist() == [40]
