@@ -2,7 +2,8 @@
 
 All models have random weights, one width and one number of layers. They run in one process and in turn, so that noise
 hits all alike, and each is compared with a floor: the same LSG-RoBERTa whose attention gives back its values, and
-computes nothing between the projections. Figures need matplotlib (`pip install ".[efficiency]"`).
+computes nothing between the projections. Figures need matplotlib (`pip install ".[efficiency]"`). `contenders.py` says
+who takes part, `measurement.py` how it is measured, `report.py` what is written and drawn.
 
     python experiments/efficiency/benchmark.py --size small
 """
@@ -12,16 +13,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from contenders import CONTENDERS, FLOOR, PUBLISHED
 from huggingface_hub.utils import tqdm
 from measurement import MODES, SHORT, Bench, Measurement, measure, quiet
-from report import draw, write
+from report import draw, machine, read, write, write_tables
 
 
-LENGTHS = {"base": [512, 1024, 2048, 4096, 8192, 16384], "small": [512, 1024, 2048, 4096]}
+LENGTHS = [512, 1024, 2048, 4096, 8192, 16384]
 LAYERS = {"base": 12, "small": 2}
 
 
@@ -53,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--size", choices=LAYERS, default="base", help="base: as RoBERTa-base, 12 layers; small: 2 layers of it")
     add("--layers", type=positive, help="another number of layers")
     add("--width", type=positive, default=768, help=argparse.SUPPRESS)
-    add("--lengths", type=positive, nargs="+", help="in tokens; 512 to 16384, or with --size small to 4096")
+    add("--lengths", type=positive, nargs="+", default=LENGTHS, help="in tokens (default: 512 to 16384)")
     add("--batch", type=positive, default=1, help="texts in a batch (default: %(default)s)")
     add("--short_texts", type=whole, default=0, help=f"texts of {SHORT} tokens in the batch beside them")
     names = [contender.name for contender in CONTENDERS]
@@ -66,9 +67,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dropout", type=probability, default=0.1, help="on attention, in training (default: %(default)s)")
     add("--output", type=Path, default=Path("experiments/efficiency/results"), help="the folder of the tables")
     add("--figures", type=Path, default=Path("img"), help="the folder of the figures (default: %(default)s)")
+    redraw = "measure nothing: write tables and figures from results.json in --output again; other flags do not count"
+    add("--redraw", action="store_true", help=redraw)
     options = parser.parse_args(arguments)
     options.layers = options.layers or LAYERS[options.size]
-    options.lengths = sorted(set(options.lengths or LENGTHS[options.size]))
+    options.lengths = sorted(set(options.lengths))
     options.modes = list(dict.fromkeys(options.modes))
     if options.published is None and options.models != names and PUBLISHED.name in options.models:
         parser.error(f"--models: {PUBLISHED.name!r} needs --published, the folder of the published implementation")
@@ -85,27 +88,46 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def run(options: argparse.Namespace, host: dict[str, Any]) -> tuple[list[Measurement], int]:
+    """What was measured, which `results.json` holds as far as it got, and the exit code."""
     quiet()
     options.output.mkdir(parents=True, exist_ok=True)
     results: list[Measurement] = []
-    runs = len(options.lengths) * len(options.modes) * len(options.models) * (options.repeats + 1)
-    code = 0
+    total = len(options.lengths) * len(options.modes) * len(options.models) * (options.repeats + 1)
     try:
-        with tqdm(total=runs) as progress:
+        with tqdm(total=total) as progress:
             for length in options.lengths:
                 bench = Bench(length, options)
                 for mode in options.modes:
                     results += measure(bench, mode, progress)
-                    write(options.output, options, results)
+                    write(options.output, options, host, results)
                 bench.close()
     except KeyboardInterrupt:
         print("interrupted: tables and figures hold the lengths that were done", file=sys.stderr)
-        code = 130
+        return results, 130
+    return results, 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    output, figures, code = options.output, options.figures, 0
+    if options.redraw:
+        try:
+            options, host, results = read(output)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(
+                f"error: --redraw: no results of a run can be read in {str(output)!r} ({error!r}); "
+                "measure first, or give --output its folder",
+                file=sys.stderr,
+            )
+            return 2
+    else:
+        host = machine(options.device)
+        results, code = run(options, host)
     if results:
-        draw(options.figures, options, results)
-        print((options.output / "results.md").read_text(), end="")
+        write_tables(output, options, host, results)
+        draw(figures, options, host, results)
+        print((output / "results.md").read_text(), end="")
     return code
 
 

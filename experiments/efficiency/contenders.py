@@ -18,7 +18,7 @@ VOCABULARY = 1000
 BIGBIRD_BLOCK, BIGBIRD_RANDOM = 64, 3
 BIGBIRD_FULL = (5 + 2 * BIGBIRD_RANDOM) * BIGBIRD_BLOCK  # up to which it replaces its attention by full attention
 BIGBIRD = (
-    f"blocks of {BIGBIRD_BLOCK}, {BIGBIRD_RANDOM} random ones, which it drops nothing from in training; "
+    f"blocks of {BIGBIRD_BLOCK}, {BIGBIRD_RANDOM} random ones, without dropout on attention; "
     f"full attention up to {BIGBIRD_FULL} tokens"
 )
 FLOOR = "floor"
@@ -26,38 +26,45 @@ FLOOR = "floor"
 
 @dataclass(frozen=True)
 class Contender:
-    """A line of the tables, and its colour, marker and line style in the figures; `fields` are those of LSG."""
+    """A line of the tables, and the colour, marker and dashes of its line in the figures; `fields` are those of LSG."""
 
     name: str
     family: str
-    line: tuple[str, str, str]
+    style: tuple[str, str, tuple[float, ...]]
     meaning: str
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def lsg(block: int, sparse: int, factor: int, *line: str) -> Contender:
+def lsg(block: int, sparse: int, factor: int, *style: Any) -> Contender:
     keys = f"{sparse} sparse keys a side (norm, factor {factor})" if sparse else "no sparse keys"
     meaning = f"blocks of {block}, {keys}, 1 global token; full attention up to {2 * block} tokens"
     fields = {"block_size": block, "sparse_block_size": sparse, "sparsity_factor": factor}
-    return Contender(f"LSG {block}/{sparse}", "lsg", (line[0], line[1], "-"), meaning, fields)
+    return Contender(f"LSG {block}/{sparse}", "lsg", style, meaning, fields)
 
 
 LSG_FIELDS: dict[str, Any] = {"sparsity_type": "norm", "num_global_tokens": 1}
-# The colours of Okabe and Ito, which colour-blind readers tell apart too.
-LSG_128 = lsg(128, 128, 2, "#56B4E9", "s")
-PUBLISHED = Contender("published LSG", "published", ("#882255", "*", "-"), "LSG 128/128 of lsg-converter 0.1.9")
+# The colours of Okabe and Ito, which colour-blind readers tell apart too; markers and dashes do without colour.
+LSG_128 = lsg(128, 128, 2, "#56B4E9", "s", ())
+PUBLISHED = Contender(
+    "published LSG", "published", ("#882255", "*", (6, 1, 1, 1)), "LSG 128/128 of lsg-converter 0.1.9"
+)
 CONTENDERS = [
     Contender(
-        FLOOR, "lsg", ("#777777", ".", "--"), "LSG 128/128 whose attention gives back its values", LSG_128.fields
+        FLOOR, "lsg", ("#777777", ".", (1, 1.5)), "LSG 128/128 whose attention gives back its values", LSG_128.fields
     ),
-    lsg(256, 0, 2, "#0072B2", "o"),
+    lsg(256, 0, 2, "#0072B2", "o", (8, 1.5)),
     LSG_128,
-    lsg(32, 32, 4, "#009E73", "^"),
+    lsg(32, 32, 4, "#009E73", "^", (4, 1)),
     PUBLISHED,
-    Contender("full", "full", ("#000000", "D", "-"), "RoBERTa with sdpa"),
-    Contender("Longformer", "longformer", ("#E69F00", "v", "-"), "256 tokens to each side, 1 global token"),
-    Contender("BigBird", "bigbird", ("#D55E00", "P", "-"), BIGBIRD),
-    Contender("ModernBERT", "modernbert", ("#CC79A7", "X", "-"), "64 tokens to each side, each third layer full"),
+    Contender("full", "full", ("#000000", "D", (12, 1, 2, 1)), "RoBERTa with sdpa"),
+    Contender("Longformer", "longformer", ("#E69F00", "v", (3, 2)), "256 tokens to each side, 1 global token"),
+    Contender("BigBird", "bigbird", ("#D55E00", "P", (3, 1, 1, 1)), BIGBIRD),
+    Contender(
+        "ModernBERT",
+        "modernbert",
+        ("#CC79A7", "X", (3, 1, 1, 1, 1, 1)),
+        "64 tokens to each side, each third layer full",
+    ),
 ]
 
 
