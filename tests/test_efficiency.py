@@ -1,6 +1,7 @@
 """The benchmark of `experiments/efficiency`, on models of two narrow layers."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,9 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "efficiency"))
 
 import benchmark
+import measurement
+import report
+from contenders import CONTENDERS, build, without_attention
 
 
 pytestmark = pytest.mark.newest
@@ -44,7 +48,7 @@ def test_some_models_on_a_batch_with_short_texts(tmp_path, capsys):
     assert "batch of 1 and 2 of 300 tokens" in table and "LSG" not in table.split("##")[1]
     measured = json.loads((tmp_path / "results.json").read_text())["measurements"]
     assert [item["model"] for item in measured] == ["floor", "full"]
-    assert benchmark.Bench(320, benchmark.parse([*TINY, *flags])).mask.sum(1).tolist() == [320, 300, 300]
+    assert measurement.Bench(320, benchmark.parse([*TINY, *flags])).mask.sum(1).tolist() == [320, 300, 300]
 
 
 FAKE = """
@@ -100,28 +104,78 @@ def has_matplotlib():
 def test_what_cannot_run_is_a_dash(tmp_path, monkeypatch):
     """The reason stands in the JSON, and the other models are measured."""
 
-    def build(family, *arguments):
+    def failing_build(family, *arguments):
         if family in ("full", "bigbird"):
             raise torch.OutOfMemoryError("no room\nat all")
-        return original(family, *arguments)
+        return build(family, *arguments)
 
-    original = benchmark.build
-    monkeypatch.setattr(benchmark, "build", build)
-    monkeypatch.setattr(benchmark, "first_step", lambda bench, contender, mode: bench.begin(contender))
+    monkeypatch.setattr(measurement, "build", failing_build)
+    monkeypatch.setattr(measurement, "first_step", lambda bench, contender, mode: bench.begin(contender))
     assert benchmark.main([*TINY, "--modes", "forward", "--output", str(tmp_path), "--figures", str(tmp_path)]) == 0
     measurements = json.loads((tmp_path / "results.json").read_text())["measurements"]
     failed = {item["model"]: item["reason"] for item in measurements if item["reason"]}
     assert failed == dict.fromkeys(("full", "BigBird"), "OutOfMemoryError: no room")
-    assert "\n| full | - | - |" in (tmp_path / "results.md").read_text()
+    table = (tmp_path / "results.md").read_text()
+    assert "\n| full | - | - |" in table
+    assert "\n- BigBird, forward pass, 100 tokens: OutOfMemoryError: no room\n" in table
+
+
+def write_results(folder, missing, reason="MemoryError: no room"):
+    """`results.json` of made-up seconds; the models of `missing` did not run at the lengths it gives."""
+    options = benchmark.parse(["--lengths", "512", "1024", "2048", "--output", str(folder), "--figures", str(folder)])
+    results = []
+    for length in options.lengths:
+        for place, name in enumerate(NAMES, 1):
+            failed = length in missing.get(name, ())
+            outcome = {"reason": reason} if failed else {"seconds": [place * length / 1000], "ratios": [float(place)]}
+            results.append(measurement.Measurement("forward", length, name, **outcome))
+    host = {"device": "an abacus", "threads": 1, "torch": "2", "transformers": "5"}
+    report.write(folder, options, host, results)
+
+
+def test_redraw_writes_tables_and_figures_again_and_measures_nothing(tmp_path, monkeypatch, capsys):
+    flags = ["--redraw", "--output", str(tmp_path), "--figures", str(tmp_path / "img")]
+    assert benchmark.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --redraw: ") and error.count("\n") == 1
+    write_results(tmp_path, {"full": [2048]})
+    before = (tmp_path / "results.json").read_text()
+    monkeypatch.setattr(benchmark, "measure", None)
+    assert benchmark.main(flags) == 0
+    table = (tmp_path / "results.md").read_text()
+    assert "an abacus" in table and "\n| full | 5.00 (2.56 s) | 5.00 (5.12 s) | - |" in table
+    assert table in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_text() == before
+    assert (tmp_path / "img" / "cost_forward.png").exists() == has_matplotlib()
+
+
+@pytest.mark.parametrize(
+    ("reason", "why"), [("MemoryError: no room", "too little memory"), ("ValueError: odd", "see results.md")]
+)
+def test_a_line_ends_where_the_model_did_not_run(tmp_path, monkeypatch, reason, why):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append(self))
+    write_results(tmp_path, {"full": [2048], "BigBird": [1024]}, reason)
+    assert benchmark.main(["--redraw", "--output", str(tmp_path), "--figures", str(tmp_path)]) == 0
+    lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
+    assert list(lines) == ["ModernBERT", "BigBird", "Longformer", "full\n(to 1,024)", *reversed(NAMES[:4])]
+    absent = {name: [math.isnan(y) for y in line.get_ydata()] for name, line in lines.items()}
+    absent = {name: places for name, places in absent.items() if any(places)}
+    assert absent == {"BigBird": [False, True, False], "full\n(to 1,024)": [False, False, True]}
+    assert lines["Longformer"].get_ydata() == pytest.approx([6, 6, 6])
+    assert drawn[0].get_suptitle().endswith(f"the model did not run: {why}.")
+    styles = [contender.style for contender in CONTENDERS]
+    assert all(len(set(column)) == len(styles) for column in zip(*styles, strict=True))
 
 
 def test_the_floor_mixes_no_tokens_and_trains_every_projection():
     options = benchmark.parse(TINY)
-    model = benchmark.build("lsg", 64, options).eval()
+    model = build("lsg", 64, options).eval()
     first = torch.full((1, 64), 5)
     second = first.clone()
     second[0, 40] = 9
-    with benchmark.without_attention():
+    with without_attention():
         states, others = (model(tokens).last_hidden_state for tokens in (first, second))
         states.sum().backward()
     assert (states != others).any(-1).nonzero()[:, 1].tolist() == [40]
