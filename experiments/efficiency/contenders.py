@@ -136,5 +136,5 @@ def without_attention() -> Iterator[None]:
     def identity(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, None]:
         return Values.apply(query, key, value), None
 
-    with mock.patch("lsg_converter.modeling.lsg_modeling.lsg_attention", identity):
+    with mock.patch("lsg_converter.modeling.lsg_modules.lsg_attention", identity):
         yield
