@@ -25,7 +25,7 @@ BELOW = {
     "modeling/lsg_triton_kernels": set(),
     "modeling/lsg_triton": {"lsg_layout", "lsg_triton_kernels"},
     "modeling/lsg_attention": {"lsg_cpu", "lsg_triton", "lsg_layout", "lsg_sparsity"},
-    "modeling/lsg_config": {"lsg_attention", "lsg_sparsity"},
+    "modeling/lsg_config": {"lsg_attention", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_packing": {"lsg_cpu"},
     "modeling/lsg_classes": set(),
     "modeling/lsg_modules": {"lsg_attention", "lsg_config", "lsg_packing"},

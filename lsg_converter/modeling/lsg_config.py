@@ -8,6 +8,7 @@ from transformers.configuration_utils import strict
 from transformers.utils import logging
 
 from .lsg_attention import KERNELS
+from .lsg_layout import LSGLayout
 from .lsg_sparsity import SPARSITY_TYPES
 
 
@@ -92,8 +93,8 @@ class LSGConfig:
         causal = getattr(self, "is_decoder", False) and not self.may_be_decoder
         require("is_decoder", not causal, "False: LSG has no causal form yet")
         require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
-        if factor and sparse:
-            chunk = min(block, sparse)
+        if self.layout.sparse_block_size:
+            chunk = self.layout.chunk_size
             require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")
             require(
                 "sparse_block_size",
@@ -103,6 +104,17 @@ class LSGConfig:
         heads = getattr(self, "num_attention_heads", factor)
         if kind in ("stride", "block_stride") and factor > heads:
             logger.warning_once(f"sparsity_factor={factor} with {kind!r} and {heads} heads: no head keeps some tokens")
+
+    @property
+    def layout(self) -> LSGLayout:
+        """The sizes of the attention, and which keys a query sees by them."""
+        return LSGLayout.from_fields(
+            self.num_global_tokens,
+            self.block_size,
+            self.sparse_block_size,
+            self.sparsity_factor,
+            self.sparsity_type,
+        )
 
     @property
     def attention_arguments(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def argument_names(stock_forward: Callable[..., Any]) -> list[str]:
 
 
 def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of a model that reads a text serve global tokens: put them in, and cut them off what it gives.
+    """Wrap the stock forward of a model that reads a text: global tokens go in, and are cut off what comes out.
 
     The result has the stock signature. It returns hidden states of `t` positions (`g + t` where an encoder passes its
     global tokens to the decoder). With "eager", `attentions` holds what the text attends to: (batch, heads, t, t) for a
@@ -50,9 +50,9 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
             seqlens, length = find_seqlens(mask, self.config.kernel), mask.shape[-1]
             if seqlens is not None:
                 kwargs["seqlens"] = seqlens
-            self.put_in(kwargs)
+            self.insert_global_tokens(kwargs)
         outputs = stock_forward(self, **kwargs, return_dict=True)
-        self.cut_off(outputs, partial(unpack_rows, seqlens=seqlens, length=length))
+        self.strip_outputs(outputs, partial(unpack_rows, seqlens=seqlens, length=length))
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
@@ -61,18 +61,18 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
 class LSGReader(LSGAttentionSupport):
     """Mixed into a model that reads a text: a base model, or an encoder.
 
-    `lsg_modules` says which stock modules inside it become which; the names are those of their classes, without the
-    family's in front.
+    Attributes:
+        lsg_modules: which mixin goes over which stock module: the name of its class, without the family's in front.
+        position_offset: rows of a position table before that of the first token, which
+            `config.max_position_embeddings` does not count.
+        positions_follow_padding: whether those rows are instead all up to the padding id's, and counted.
+        replacements: stock classes of modules, and the LSG class of each.
     """
 
     config_class: Any
     lsg_modules: ClassVar[Mapping[str, type]]
-    # Rows of a position table before that of the first token, which config.max_position_embeddings does not count.
     position_offset: ClassVar[int] = 0
-    # Whether they are instead those up to the padding id, and counted.
     positions_follow_padding: ClassVar[bool] = False
-
-    # Stock modules, and what replaces them.
     replacements: ClassVar[Mapping[type, type]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -91,12 +91,12 @@ class LSGReader(LSGAttentionSupport):
                 module.__class__ = replacement
                 module.config = config
                 if isinstance(module, LSGEmbeddings):
-                    module.adopt(config)
-        self.adopt(config)
+                    module.add_global_embeddings(config)
+        self.add_global_embeddings(config)
         self.post_init()  # type: ignore[attr-defined]
 
-    def adopt(self, config: Any) -> None:
-        """What a model adds to itself beside its modules."""
+    def add_global_embeddings(self, config: Any) -> None:
+        """Add the table of the global tokens, where no module of the model holds it."""
 
     @classmethod
     def special_positions(cls, config: Any) -> int:
@@ -109,7 +109,7 @@ class LSGReader(LSGAttentionSupport):
         return cls.special_positions(config) if cls.positions_follow_padding else 0
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
-        """Raise ValueError where a text does not fit this checkpoint; warn of what the kernel cannot give."""
+        """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
         config, length = self.config, tokens.shape[1]  # type: ignore[attr-defined]
         limit = config.max_position_embeddings - self.counted_positions(config)
         if length == 0:
@@ -119,7 +119,7 @@ class LSGReader(LSGAttentionSupport):
                 f"input_ids: got a text of {length} tokens; this checkpoint has positions for {limit}; "
                 "truncate the text, or convert with a larger max_sequence_length"
             )
-        if not config.adaptive and length > 2 * config.block_size and length % config.block_size:
+        if not config.adaptive and not config.layout.is_short(length) and length % config.block_size:
             raise ValueError(
                 f"input_ids: got a text of {length} tokens; with adaptive=False it must be a multiple of block_size, "
                 f"{config.block_size}, or at most two blocks; pad it, or set adaptive=True"
@@ -135,31 +135,31 @@ class LSGReader(LSGAttentionSupport):
             )
 
     def extend_mask(self, attention_mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        """The mask of globals and text, as Transformers hands it through: boolean, of shape (batch, 1, 1, g + t).
+        """The mask of global tokens and text: boolean, (batch, 1, 1, g + t), which Transformers leaves as it is.
 
-        `attention_mask` is (batch, t), not zero where a token is real; None means everywhere.
+        `attention_mask` is (batch, t), and zero where a token is padding; None means that there is no padding.
         """
         config, shape = self.config, tokens.shape[:2]  # type: ignore[attr-defined]
         if attention_mask is None:
-            keep = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+            mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
         elif attention_mask.shape != shape:
             raise ValueError(
                 f"attention_mask: got shape {tuple(attention_mask.shape)}; it must be (batch, tokens), {tuple(shape)}"
             )
         else:
-            keep = attention_mask.to(device=tokens.device, dtype=torch.bool)
+            mask = attention_mask.to(device=tokens.device, dtype=torch.bool)
         if config.mask_first_token:
-            keep = torch.cat([torch.zeros_like(keep[:, :1]), keep[:, 1:]], dim=1)
-        keep = torch.cat([keep.new_ones(shape[0], config.num_global_tokens), keep], dim=1)
-        return keep[:, None, None]
+            mask = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
+        mask = torch.cat([mask.new_ones(shape[0], config.num_global_tokens), mask], dim=1)
+        return mask[:, None, None]
 
-    def put_in(self, arguments: dict[str, Any]) -> None:
-        """Put the global tokens in front of the text, where the embeddings do not."""
+    def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
+        """Put the global tokens in front of the text, where the embeddings module does not."""
 
-    def cut_off(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Cut the global tokens off what was captured on the way, but for the last state, with which it is done.
+    def strip_outputs(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Cut the global tokens off the captured states and probabilities. The last state has none any more.
 
-        `unpack` gives states the form of the batch again, where their rows stand end to end.
+        `unpack` makes a padded batch again of states whose rows stand end to end.
         """
         config = self.config  # type: ignore[attr-defined]
         g = config.num_global_tokens
@@ -172,7 +172,7 @@ class LSGReader(LSGAttentionSupport):
 
 
 def split_attentions(outputs: Any, g: int) -> None:
-    """Part the captured probabilities into those of the text and those of the global tokens."""
+    """Split the captured probabilities into those of the text and those of the global tokens."""
     if outputs.get("attentions"):
         text, to_all = zip(*outputs["attentions"], strict=True)
         full = text[0].shape[-1] == to_all[0].shape[-1]

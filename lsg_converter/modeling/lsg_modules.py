@@ -13,14 +13,14 @@ from .lsg_packing import pack_rows, unpack_rows
 class LSGEmbeddings:
     """Mixed into a family's embeddings: global tokens stand in front of the text.
 
-    LayerNorm and dropout work token by token, so the stock forward serves the text, and the globals join after it.
+    LayerNorm and dropout work token by token, so the stock forward serves the text, and the global tokens join after.
     """
 
     config: Any
     LayerNorm: nn.LayerNorm
     dropout: nn.Dropout
 
-    def adopt(self, config: Any) -> None:
+    def add_global_embeddings(self, config: Any) -> None:
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, self.LayerNorm.weight.shape[0])
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -36,8 +36,8 @@ def global_tokens(module: Any, text: torch.Tensor) -> torch.Tensor:
 
 
 class LSGPositions:
-    """Mixed into the position embeddings of an encoder. The encoder adds them to the text before the global tokens,
-    which have none, come in front; what the stock forward asks for later adds nothing."""
+    """Mixed into the position embeddings of an encoder. Global tokens have no positions, so the encoder adds those of
+    the text before it puts the global tokens in front; when the stock forward asks again, it gets a zero."""
 
     weight: torch.Tensor
 
@@ -104,7 +104,7 @@ class LSGSeq2SeqAttention(LSGSelfAttention):
         return self.out_proj(output)  # type: ignore[attr-defined]
 
 
-def cut_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
+def strip_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
     """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width)."""
     g = config.num_global_tokens
     if config.pool_with_global and g > 0:
@@ -118,8 +118,8 @@ def passes_global_tokens(config: Any) -> bool:
 
 
 class LSGEncoder:
-    """Mixed into a family's encoder: its layers see real tokens alone, where that can be had; what leaves it, and
-    reaches poolers and heads, has the positions of the text."""
+    """Mixed into a family's stack of layers. The layers see rows end to end, where the kernel takes them; what leaves
+    the stack, for poolers and heads, has the positions of the text."""
 
     config: Any
 
@@ -137,5 +137,5 @@ class LSGEncoder:
             kwargs["seqlens"] = seqlens
         outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         states = unpack_rows(outputs.last_hidden_state, seqlens, length)
-        outputs["last_hidden_state"] = cut_global_tokens(states, self.config)
+        outputs["last_hidden_state"] = strip_global_tokens(states, self.config)
         return outputs

@@ -16,9 +16,9 @@ from .lsg_modules import (
     LSGComputedPositions,
     LSGPositions,
     LSGSeq2SeqAttention,
-    cut_global_tokens,
     global_tokens,
     passes_global_tokens,
+    strip_global_tokens,
 )
 from .lsg_packing import pack_rows
 
@@ -36,10 +36,10 @@ class LSGSeq2SeqEncoder(LSGReader):
     }
     scales_outside: ClassVar[bool] = False
 
-    def adopt(self, config: Any) -> None:
+    def add_global_embeddings(self, config: Any) -> None:
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
 
-    def put_in(self, arguments: dict[str, Any]) -> None:
+    def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         text = arguments.get("inputs_embeds")
         if text is None:
             text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
@@ -52,13 +52,15 @@ class LSGSeq2SeqEncoder(LSGReader):
             states, mask = pack_rows(states, mask, arguments["seqlens"])
         arguments["inputs_embeds"], arguments["attention_mask"] = states, mask
 
-    def cut_off(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def strip_outputs(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
         config = self.config  # type: ignore[attr-defined]
         last = unpack(outputs.last_hidden_state)
-        last = outputs["last_hidden_state"] = last if passes_global_tokens(config) else cut_global_tokens(last, config)
+        if not passes_global_tokens(config):
+            last = strip_global_tokens(last, config)
+        outputs["last_hidden_state"] = last
         if outputs.get("hidden_states"):
             outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
-        super().cut_off(outputs, unpack)
+        super().strip_outputs(outputs, unpack)
 
 
 class LSGSeq2SeqModel(LSGWrapper):
