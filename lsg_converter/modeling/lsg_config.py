@@ -15,6 +15,9 @@ from .lsg_sparsity import SPARSITY_TYPES
 logger = logging.get_logger(__name__)
 
 MAX_GLOBAL_TOKENS = 512
+# Stands in `config.json` as the implementation of attention. A stock class has no such one, and refuses it in a message
+# that quotes it: so nobody who forgets the flag gets a stock model on these weights.
+NEEDS_ITS_CODE = "LSG, by the code in this checkpoint: load it with trust_remote_code=True"
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
@@ -57,6 +60,15 @@ class LSGConfig:
         super().__init_subclass__(**kwargs)
         if issubclass(cls, PreTrainedConfig):
             strict(cls)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("attn_implementation") == NEEDS_ITS_CODE:
+            del kwargs["attn_implementation"]
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; with what makes stock classes refuse the checkpoint."""
+        return {**super().to_dict(), "attn_implementation": NEEDS_ITS_CODE}  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
