@@ -198,6 +198,34 @@ def test_gradients_are_those_of_the_output(kind):
     assert torch.autograd.gradcheck(attend, leaves)
 
 
+@pytest.mark.parametrize("kernel", FORMS)
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_rows_up_to_a_length_get_full_attention(kind, kernel):
+    """Each by its own length, whatever stands beside it; the gradients too."""
+    g, block, full = 1, 4, 19
+    options = arguments((block, 4, 2), kind, g) | {"full_attention_length": full, "kernel": kernel}
+    *tensors, _ = inputs(41, g, batch=6, dtype=torch.float64)
+    lengths = torch.tensor([3, 8, 18, 19, 20, 41])
+    mask = torch.arange(g + 41) < g + lengths[:, None]
+    mask[2, 1:4] = False
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output, probabilities = lsg_attention(*leaves, mask, **options)
+    (output * counts(mask)).square().sum().backward()
+    for row, length in enumerate((g + lengths).tolist()):
+        own = [tensor[row : row + 1, :, :length].clone().requires_grad_() for tensor in tensors]
+        own_mask = mask[row : row + 1, :length]
+        if length - g <= full:
+            expected = torch.nn.functional.scaled_dot_product_attention(*own, attn_mask=own_mask[:, None, None])
+        else:
+            expected, _ = lsg_attention(*own, own_mask, **arguments((block, 4, 2), kind, g), kernel="eager")
+        torch.testing.assert_close(output[row : row + 1, :, :length], expected, rtol=0, atol=1e-9)
+        expected.square().sum().backward()
+        for leaf, alone in zip(leaves, own, strict=True):
+            torch.testing.assert_close(leaf.grad[row : row + 1, :, :length], alone.grad, rtol=0, atol=1e-9)
+    if kernel == "eager":
+        assert probabilities[0].isnan().any(-1).any(-1).any(-1).tolist() == [False, False, True, True, False, False]
+
+
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 @pytest.mark.parametrize("g", [0, 1, 5])
 def test_rows_end_to_end_are_rows_alone(kind, g):

@@ -248,6 +248,22 @@ def test_agrees_with_eager(kind):
 
 
 @runs
+@pytest.mark.parametrize("kind", ["stride", "pooling"])
+def test_rows_of_both_kinds_agree_with_eager(kind):
+    """One of at most `full_attention_length` tokens, one longer."""
+    t, g = 161, 2
+    arguments = {"block_size": 32, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
+    arguments["full_attention_length"] = 128
+    states, keep = inputs(t, g, 16)
+    assert keep[0, g:].sum() < 128 < t
+    wide = [x.detach().double().requires_grad_() for x in states]
+    output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **arguments, kernel="triton")
+    expected, _ = lsg_attention(*(x.transpose(1, 2) for x in wide), keep, **arguments, kernel="eager")
+    close([output * counts(keep)], [expected * counts(keep)])
+    close(gradients(output * counts(keep), states), gradients(expected * counts(keep), wide))
+
+
+@runs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_near(dtype):
     states, keep = inputs(70, 1, 32, dtype, batch=1)

@@ -41,6 +41,7 @@ def lsg_attention(
     sparse_block_size: int = 128,
     sparsity_factor: int = 2,
     sparsity_type: str | None = "norm",
+    full_attention_length: int | None = None,
     lsh_num_pre_rounds: int = 1,
     lsh_seed: int = 0,
     dropout: float = 0.0,
@@ -52,6 +53,8 @@ def lsg_attention(
     Args:
         query, key, value: shape (batch, heads, g + t, head_dim): `g = num_global_tokens` globals, then `t` text tokens.
         attention_mask: boolean, shape (batch, g + t): True where a token may be attended to.
+        full_attention_length: up to how many tokens of text a row gets full attention, counted up to its last that is
+            not masked; at least `2 * block_size`.
         dropout: the probability with which a probability is dropped.
         kernel: "eager", which is the plain reference and also returns its probabilities; "sdpa", which takes what
             `choose_kernel` says; or one of `KERNELS` by its name.
@@ -63,7 +66,8 @@ def lsg_attention(
         token of a row that is not masked. With "eager" also the probabilities, before dropout: those of the text
         queries and those of the global queries, of shapes (batch, heads, t, keys) and (batch, heads, g, g + t). The
         keys of a text query in block `i` are the globals, the text blocks `i - 1`, `i`, `i + 1`, the sparse keys on the
-        left and those on the right; for `t <= 2 * block_size` they are all `g + t` keys.
+        left and those on the right; where all of the batch gets full attention they are all `g + t` keys. Of a row that
+        gets it beside longer ones, and is longer than two blocks, they are not a number (NaN).
 
     Raises:
         ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, or a kernel takes no `seqlens`.
@@ -74,7 +78,8 @@ def lsg_attention(
             f"key and value must have the shape of query, {tuple(query.shape)}, and attention_mask {(batch, length)}; "
             f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(attention_mask.shape)}"
         )
-    layout = LSGLayout.from_fields(num_global_tokens, block_size, sparse_block_size, sparsity_factor, sparsity_type)
+    sizes = num_global_tokens, block_size, sparse_block_size, sparsity_factor
+    layout = LSGLayout.from_fields(*sizes, sparsity_type, full_attention_length)
     kernel = choose_kernel(query, kernel, layout, dropout)
     if seqlens is not None and not (kernel == "cpu" and batch == 1 and sum(seqlens) == length):
         raise ValueError(
@@ -177,9 +182,8 @@ def try_triton(
 ) -> str | None:
     """Try the kernel "triton" on a short text, against "portable": what is wrong with it here, or None. Triton needs a
     compiler and a driver that suit it, and a GPU with room for its tiles."""
-    g, block, _, factor = layout
-    chunk = layout.chunk_size
-    even = chunk and chunk % factor == 0 and block % chunk == 0
+    g, block, chunk = layout.num_global_tokens, layout.block_size, layout.chunk_size
+    even = chunk and chunk % layout.sparsity_factor == 0 and block % chunk == 0
     options: dict[str, Any] = layout._asdict() | {"sparsity_type": "norm" if even else "stride"}
     generator = torch.Generator(device).manual_seed(0)
     fault = None
@@ -190,16 +194,19 @@ def try_triton(
             torch.set_grad_enabled(training),
             torch.autocast(device.type, enabled=False),
         ):
-            shape = (3, 1, 2, g + 3 * block + 1, head_dim)
+            # A row that is long, and one that may get full attention beside it.
+            full = max(2 * block, layout.full_attention_length)
+            shape = (3, 2, 2, g + full + block + 1, head_dim)
             tokens = torch.randn(shape, generator=generator, device=device).to(dtype)
-            mask = torch.arange(shape[3], device=device)[None] < shape[3] - block // 2
+            seqused = torch.tensor([[shape[3] - block // 2], [g + full]], device=device)
+            mask = torch.arange(shape[3], device=device) < seqused
 
             def run(kernel: str, dropout: float = 0.0) -> list[torch.Tensor]:
                 leaves = [x.clone().requires_grad_(training) for x in tokens]
                 output, _ = lsg_attention(
                     leaves[0], leaves[1], leaves[2], mask, **options, dropout=dropout, kernel=kernel
                 )
-                output = output[:, :, : shape[3] - block // 2]
+                output = output * mask[:, None, :, None]
                 return [output, *(torch.autograd.grad(output.float().square().sum(), leaves) if training else ())]
 
             for fused, plain in zip(run("triton"), run("portable"), strict=True):
@@ -231,7 +238,7 @@ def blockwise_attention(
     dropout: float,
     attend: Attend,
 ) -> tuple[torch.Tensor, Probabilities | None]:
-    """LSG attention by two calls of `attend`, one for the text and one for the globals: the form for every device, for
+    """LSG attention by a call of `attend` for the text, and one for the globals: the form for every device, for
     compiling and for export. What each block sees is gathered, all blocks at once. Shapes as in `lsg_attention`."""
     g, heads, text_length = layout.num_global_tokens, query.shape[1], query.shape[2] - layout.num_global_tokens
 
@@ -263,10 +270,23 @@ def blockwise_attention(
 
     global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
     output = torch.cat([global_output, text_output], dim=2)
-    if text_probabilities is None or global_probabilities is None:
-        return output, None
-    text_probabilities = text_probabilities.view(*text_query.shape[:3], -1)[:, :, :text_length]
-    return output, (text_probabilities, global_probabilities)
+    probabilities = None
+    if text_probabilities is not None and global_probabilities is not None:
+        text_probabilities = text_probabilities.view(*text_query.shape[:3], -1)[:, :, :text_length]
+        probabilities = text_probabilities, global_probabilities
+    if not layout.mixes_full_attention:
+        return output, probabilities
+
+    # Both forms for all rows, so that the graph of `torch.compile` stays whole; each row then takes its own.
+    stop, two_blocks = g + layout.full_attention_length, g + 2 * layout.block_size
+    short = ~attention_mask[:, stop:].any(dim=1)[:, None, None, None]
+    start = (x[:, :, :stop] for x in (query, key, value))
+    full_output, _ = attend(*start, mask[:, :, None, :stop], dropout)
+    output = torch.cat([torch.where(short, full_output, output[:, :, :stop]), output[:, :, stop:]], dim=2)
+    if probabilities is not None:
+        other_keys = short & attention_mask[:, two_blocks:].any(dim=1)[:, None, None, None]
+        probabilities = probabilities[0].masked_fill(other_keys, torch.nan), probabilities[1]
+    return output, probabilities
 
 
 def eager_kernel(

@@ -31,6 +31,8 @@ class LSGConfig:
         block_size: tokens in a block; a query sees its block and the two beside it.
         sparse_block_size: sparse keys that a query sees on each side.
         sparsity_factor: how many tokens of text one sparse key stands for.
+        full_attention_length: up to how many tokens a text gets ordinary full attention; None means two blocks, which
+            is also the least.
         sparsity_type: how sparse keys are made: "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh"; or
             "none", for no sparse keys.
         lsh_num_pre_rounds: rounds of merging before the last one, for "lsh".
@@ -47,6 +49,7 @@ class LSGConfig:
     sparse_block_size: int = 128
     sparsity_factor: int = 2
     sparsity_type: str | None = "norm"
+    full_attention_length: int | None = None
     lsh_num_pre_rounds: int = 1
     lsh_seed: int = 0
     adaptive: bool = True
@@ -96,7 +99,8 @@ class LSGConfig:
         require("sparse_block_size", sparse >= 0, "at least 0, which means no sparse keys")
         require("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
         require("sparsity_type", kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
-        kernel = self.attention_kernel
+        full, kernel = self.full_attention_length, self.attention_kernel
+        require("full_attention_length", full is None or full >= 0, "a number of tokens, or none for two blocks")
         require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
@@ -126,6 +130,7 @@ class LSGConfig:
             self.sparse_block_size,
             self.sparsity_factor,
             self.sparsity_type,
+            self.full_attention_length,
         )
 
     @property
@@ -137,6 +142,7 @@ class LSGConfig:
             "sparse_block_size",
             "sparsity_factor",
             "sparsity_type",
+            "full_attention_length",
             "lsh_num_pre_rounds",
             "lsh_seed",
         )

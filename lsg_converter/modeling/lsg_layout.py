@@ -46,12 +46,14 @@ class LSGLayout(NamedTuple):
         block_size: tokens in a block of text.
         sparse_block_size: sparse keys that a block sees on each side; 0 where there are no sparse keys.
         sparsity_factor: tokens of text for each sparse key; 1 where there are no sparse keys.
+        full_attention_length: the longest text that gets ordinary full attention; two blocks where it says less.
     """
 
     num_global_tokens: int
     block_size: int
     sparse_block_size: int
     sparsity_factor: int
+    full_attention_length: int = 0
 
     @classmethod
     def from_fields(
@@ -61,11 +63,12 @@ class LSGLayout(NamedTuple):
         sparse_block_size: int,
         sparsity_factor: int,
         sparsity_type: str | None,
+        full_attention_length: int | None = None,
     ) -> "LSGLayout":
         """The layout that the fields of a configuration ask for. It is decided here whether there are sparse keys."""
         if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
             sparse_block_size, sparsity_factor = 0, 1
-        return cls(num_global_tokens, block_size, sparse_block_size, sparsity_factor)
+        return cls(num_global_tokens, block_size, sparse_block_size, sparsity_factor, full_attention_length or 0)
 
     @property
     def chunk_size(self) -> int:
@@ -79,7 +82,12 @@ class LSGLayout(NamedTuple):
 
     def is_short(self, text_length: int) -> bool:
         """Whether a text of so many tokens gets ordinary full attention."""
-        return text_length <= 2 * self.block_size
+        return text_length <= max(2 * self.block_size, self.full_attention_length)
+
+    @property
+    def mixes_full_attention(self) -> bool:
+        """Whether a row may need full attention beside longer ones. (In one of two blocks the windows show all.)"""
+        return self.full_attention_length > 2 * self.block_size
 
     def num_blocks(self, text_length: int) -> int:
         """Blocks of a text, the last of which may be padded."""

@@ -291,6 +291,7 @@ class _Call:
             sparsity_factor=layout.sparsity_factor if sparse_length else 1,
             scale=self.head_dim**-0.5,
             scale_log2e=self.head_dim**-0.5 * math.log2(math.e),
+            full_length=layout.full_attention_length if layout.mixes_full_attention else 0,
             masked=mask is not None,
             sparse=sparse_length > 0,
             indexed=index is not None,

@@ -92,6 +92,7 @@ class Plan(NamedTuple):
     block_size: int = 0
     sparse_block_size: int = 0
     sparsity_factor: int = 1
+    full_length: int = 0  # rows with a text of at most so many tokens get full attention
     scale: float = 1.0
     scale_log2e: float = 1.0
     masked: bool = False
@@ -240,6 +241,10 @@ def _query_ranges(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.conste
             left = tl.maximum((block - 1) * step - S, 0)
             right = tl.minimum((block + 2) * step, sparse_length)
             right_end = tl.minimum((block + 2) * step + S, sparse_length)
+        if PLAN.full_length > 0:
+            full = length - G <= PLAN.full_length
+            low, high = tl.where(full, G, low), tl.where(full, length, high)
+            left_end, right_end = tl.where(full, left, left_end), tl.where(full, right, right_end)
         return zero, G + start, length, (zero, zero + G, low, high, left, left_end, right, right_end)
 
 
@@ -535,6 +540,9 @@ def backward_keys(
         start += G
         low = G + tl.maximum(block - 1, 0) * B
         high = tl.minimum(G + (block + 2) * B, length)
+        if PLAN.full_length > 0:
+            full = length - G <= PLAN.full_length
+            low, high = tl.where(full, G, low), tl.where(full, length, high)
         ranges = (zero, zero + G, low, high, zero, zero, zero, zero)
     elif KIND == "sparse":
         end = sparse_length
@@ -546,6 +554,9 @@ def backward_keys(
         left_low = tl.minimum(G + (start // step + 2) * B, left_high)
         right_high = tl.minimum(G + tl.maximum(last // step - 1, 0) * B, length)
         right_low = tl.minimum(G + tl.maximum(tl.maximum(start - S, 0) // step - 1, 0) * B, right_high)
+        if PLAN.full_length > 0:
+            full = length - G <= PLAN.full_length
+            left_low, right_low = tl.where(full, left_high, left_low), tl.where(full, right_high, right_low)
         ranges = (zero, zero, left_low, left_high, right_low, right_high, zero, zero)
     else:
         tiles: tl.constexpr = (G + SIZE - 1) // SIZE
