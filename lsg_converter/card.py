@@ -2,60 +2,44 @@
 
 import json
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from huggingface_hub import ModelCardData, metadata_load
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from .report import ConversionReport
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-HOMEPAGE = "https://pypi.org/project/lsg-converter/"
 # What of the source's metadata is true of the long model too. Results and widgets are not.
 KEPT = ("language", "license", "license_name", "license_link", "datasets", "pipeline_tag", "library_name")
 
 
 def write_card(report: ConversionReport, source: Path, folder: Path, name: str) -> None:
     """Write `README.md` for the checkpoint in `folder`, which is loaded by `name`; `source` is the source's folder."""
-    package = "sentence-transformers" if report.is_sentence_model else "torch"
-    card = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        metadata=metadata(report, source),
+    card = ModelCard.from_template(
+        metadata(report, source),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        report=report,
         title=name.split("/")[-1],
-        positions=f"{report.positions:,}",
-        source_positions=f"{report.source_positions:,}",
         source=f"[{report.source}](https://huggingface.co/{report.source})" if report.revision else report.source,
-        homepage=HOMEPAGE,
-        requirement=f"It needs {package} and Transformers 5.10 or newer, and nothing of LSG Converter.",
         usage=usage(report, name),
-        fields="\n".join(f"| `{field}` | `{value!r}` |" for field, value in report.lsg.items()),
-        revision=f" at commit {report.revision}" if report.revision else "",
-        model_type=report.model_type,
-        architecture=report.architecture,
-        changes="\n".join(f"- {line}" for line in (*report.changed, *report.warnings)),
-        checks=checks(report),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
-def metadata(report: ConversionReport, source: Path) -> str:
-    """The front matter, in YAML."""
+def metadata(report: ConversionReport, source: Path) -> ModelCardData:
+    """The front matter."""
     try:
         known = metadata_load(source / "README.md") or {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         known = {}
     values: dict[str, Any] = {name: known[name] for name in KEPT if known.get(name)}
     tags = known.get("tags") or []
     values["tags"] = [*(tags if isinstance(tags, list) else [tags]), "lsg", "long-context"]
     values["library_name"] = values.get("library_name") or "transformers"
     base = report.source if report.revision else known.get("base_model")
-    return ModelCardData(base_model=base, **values).to_yaml()
-
-
-def checks(report: ConversionReport) -> str:
-    if not report.checks:
-        return "It was not verified."
-    return "Verified from disk:\n\n" + "\n".join(f"- {check.name} ({check.figure})" for check in report.checks)
+    return ModelCardData(base_model=base, **values)
 
 
 def usage(report: ConversionReport, name: str) -> str:

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from rich.console import Console, ConsoleDimensions, Group
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from . import __version__
-from .card import usage
 from .convert import convert
 from .options import ConversionError, ConversionOptions, OptionError
 from .report import ConversionReport
-from .verify import Check
+from .summary import summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,20 +95,34 @@ def flags_of(path: Path) -> list[str]:
     return result
 
 
-class Progress:
-    """A bar on the terminal with the step that is under way."""
+class Steps:
+    """The step that is under way, and the time since the first, on stderr where that is a terminal."""
 
-    def __enter__(self) -> "Progress":
-        self.bar = tqdm(total=9, bar_format="{desc} |{bar:20}| {elapsed}", leave=False, disable=None)
+    def __init__(self, console: Console) -> None:
+        self.shown = console.is_interactive and sys.stderr.isatty() and not are_progress_bars_disabled()
+        self.progress = Progress(
+            SpinnerColumn("line" if console.options.ascii_only else "dots"),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("")
+
+    def __enter__(self) -> "Steps":
         return self
 
     def announce(self, step: str) -> None:
-        self.bar.set_description_str(f"{step:<44}")
-        self.bar.total = max(self.bar.total or 0, self.bar.n + 2)
-        self.bar.update()
+        if not self.shown:
+            return
+        if step:
+            self.progress.update(self.task, description=step, refresh=True)
+            self.progress.start()
+        else:
+            self.progress.stop()
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.announce("")
 
 
 class Terminated(KeyboardInterrupt):
@@ -127,27 +143,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    enable_progress_bars()  # those of downloads, and ours, which the line above turned off as well
+    enable_progress_bars()  # those of downloads, which the line above turned off as well
+    errors = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         options, output = Parser().options(arguments)
         if output.quiet:
             disable_progress_bars()
-        with Progress() as progress:
-            report = convert(options, progress.announce)
+        with Steps(errors) as steps:
+            report = convert(options, steps.announce)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = explain(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        errors.print(Text.assemble(("error:", "bold red"), f" {' '.join(message.split())}"), soft_wrap=True)
         return code
     finally:
         signal.signal(signal.SIGTERM, before)
     if output.json:
         print(json.dumps(report.content(), indent=2))
     elif not output.quiet:
-        print(describe(report))
+        show(report)
     return 0
+
+
+def show(report: ConversionReport) -> None:
+    """Print what a person wants to know; lines are wrapped on a terminal alone, and the code nowhere."""
+    console = Console()
+    if not (console.is_interactive and sys.stdout.isatty()):
+        console.size = ConsoleDimensions(sys.maxsize, 1)
+    console.print(Group(*summary(report)), crop=False)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -157,49 +182,3 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 143 if isinstance(error, Terminated) else 130, "interrupted; nothing is left half-written"
     return 1, f"{type(error).__name__}: {error}; nothing was written, please report this; --debug shows where it arose"
-
-
-def describe(report: ConversionReport) -> str:
-    """What a person wants to know of a conversion."""
-    options, lsg = report.options, report.lsg
-    lines = [
-        f"source        {options.initial_model}: {report.model_type}, {report.source_positions} positions",
-        f"{'would become' if options.dry_run else 'converted to'}  {report.architecture}, {report.positions} positions",
-        f"attention     blocks of {lsg['block_size']}, {describe_sparsity(lsg)}, {lsg['num_global_tokens']} global",
-    ]
-    lines += [f"{'would change' if options.dry_run else 'changed'}".ljust(14) + change for change in report.changed]
-    lines += [f"new weights   {name}" for name in report.new_weights]
-    lines += [f"left out      {name}" for name in report.dropped_weights]
-    lines += [f"warning       {warning}" for warning in report.warnings]
-    if options.dry_run:
-        return "\n".join([*lines, "nothing was written: this is a dry run"])
-    lines += [f"verified      {check.name} ({figure(check)})" for check in report.checks]
-    if report.heads:
-        row = "{:<36} {:<9} {:>8} {:>9} {:>8} {:>9}".format
-        lines += ["", row("head", "dtype", "tokens", "forward", "tokens", "training")]
-        lines += [
-            row(
-                run.auto_class,
-                run.dtype,
-                run.forward_tokens,
-                f"{run.forward_s:.2f} s",
-                run.training_tokens,
-                f"{run.training_s:.2f} s",
-            )
-            for run in report.heads
-        ]
-        lines.append("")
-    lines += [f"written       {options.model_name}"]
-    lines += [f"pushed to     {report.pushed_to}"] if report.pushed_to else []
-    code = [f"    {line}".rstrip() for line in usage(report, options.model_name).splitlines()]
-    return "\n".join([*lines, "", "Use it with", "", *code])
-
-
-def describe_sparsity(lsg: dict) -> str:
-    if lsg["sparsity_type"] in (None, "none") or not lsg["sparse_block_size"] or not lsg["sparsity_factor"]:
-        return "no sparse keys"
-    return f"{lsg['sparse_block_size']} sparse keys a side ({lsg['sparsity_type']}, factor {lsg['sparsity_factor']})"
-
-
-def figure(check: Check) -> str:
-    return check.figure if check.seconds is None else f"{check.figure}, {check.seconds:.1f} s"

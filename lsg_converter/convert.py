@@ -24,7 +24,7 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
 
     Args:
         options: what to convert, and how.
-        announce: is told what is done next, in a few words.
+        announce: is told what is done next, in a few words; in none where the Hub's client shows its own progress.
 
     Returns:
         What was done and checked.
@@ -32,7 +32,6 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
     Raises:
         ConversionError: one line that says what to do; then nothing is left behind.
     """
-    announce("reading the source")
     source = Source(options)
     config = lsg_config(source)
     model = build(source, config)
@@ -45,6 +44,7 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
         name = hub.full_name(options.hub_model_id or name, options.hub_token)
 
     with staged(options) as folder:
+        announce("reading the source")
         original, report.new_weights, report.dropped_weights = source.load()
         announce("building the long model")
         assemble(model, source, original)
@@ -70,7 +70,7 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
             report.files = hashes(folder, [path for path in folder.rglob("*") if path.is_file()])
             report.write(folder)
     if options.push_to_hub:
-        announce("pushing")
+        announce("")  # the Hub's client shows bars of its own
         message = f"Convert {report.source} to {report.positions} tokens"
         target = Path(options.model_name)
         report.pushed_to = hub.push(target, name, private=options.private, token=options.hub_token, message=message)

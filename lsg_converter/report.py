@@ -1,11 +1,12 @@
 """What a conversion did: for a person, for a script, and beside the weights."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils.sha import sha_fileobj
 
 from .options import ConversionOptions
 from .verify import Check, HeadRun
@@ -94,9 +95,6 @@ def hashes(folder: Path, files: list[Path]) -> dict[str, str]:
     """The SHA-256 of files in `folder`, by their names in it."""
     result = {}
     for path in sorted(files):
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while part := file.read(2**22):
-                digest.update(part)
-        result[path.relative_to(folder).as_posix()] = digest.hexdigest()
+            result[path.relative_to(folder).as_posix()] = sha_fileobj(file).hex()
     return result

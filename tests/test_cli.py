@@ -1,7 +1,10 @@
 """The command, as a user types it."""
 
 import importlib
+import io
 import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +37,13 @@ def test_script(bert, tmp_path):
         "LSGBertForPreTraining, 700 positions",
         "blocks of 64",
         "equal the source's to the bit (45 tensors)",
-        "AutoModelForQuestionAnswering        bfloat16       700",
+        "AutoModelForQuestionAnswering       bfloat16     700 ",
         'model = AutoModelForPreTraining.from_pretrained("out/lsg", trust_remote_code=True)',
     ):
         assert text in result.stdout
+    row = "rows of embeddings.position_embeddings repeat the source's to the bit (700 rows)"
+    assert f"\nverified      {row}\n" in result.stdout  # a long line is not wrapped
+    assert "\x1b" not in result.stdout and not re.search(" $", result.stdout, re.MULTILINE)
     lines = result.stdout.split("Use it with")[1].splitlines()
     code = "\n".join(line.strip() for line in lines if line.strip())
     loaded = subprocess.run(
@@ -45,6 +51,110 @@ def test_script(bert, tmp_path):
         cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr
+
+
+class Terminal:
+    """The command in a terminal: the text that it writes there, and its exit code."""
+
+    def __init__(self, *flags, columns=80, press=(None, b"")):
+        variables = {"TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": ""}
+        # Those of whoever runs the tests do not count.
+        kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+        command = [sys.executable, str(ROOT / "convert_checkpoint.py"), *map(str, flags)]
+        pid, terminal = pty.fork()
+        if not pid:
+            os.execve(command[0], command, {**kept, **variables})
+        shown, (step, key) = b"", press
+        while part := self.read(terminal):
+            shown += part
+            if step and step in shown:
+                os.write(terminal, key)
+                step = None
+        os.close(terminal)
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self.text = shown.decode().replace("\r\n", "\n")
+
+    @staticmethod
+    def read(terminal):
+        try:
+            return os.read(terminal, 2**16)
+        except OSError:  # how Linux says that the other end is closed
+            return b""
+
+
+def without_codes(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_on_a_terminal(bert, tmp_path):
+    flags = ["--initial_model", bert.source, "--model_name", tmp_path / "lsg", "--max_sequence_length", "700"]
+    result = Terminal(*flags, columns=60)
+    assert result.returncode == 0
+    progress, text = result.text.split("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, and the progress gone
+    assert "verifying the weights" in progress and "verified" not in progress
+    assert "\x1b[32m✓ verified    \x1b[0m700 tokens give finite states \x1b[36m(float32, " in text
+    description, code = without_codes(text).split("Use it with")
+    assert max(map(len, description.splitlines())) <= 60
+    assert (
+        "\n✓ verified    rows of embeddings.position_embeddings repeat \n              the source's to" in description
+    )
+    assert f'\n    tokenizer = AutoTokenizer.from_pretrained("{tmp_path / "lsg"}")\n' in code  # not wrapped
+
+
+class Screen(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("screen", "variables", "codes"),
+    [
+        (Screen, {}, {"1;31", "0"}),
+        (Screen, {"NO_COLOR": "1"}, {"1", "0"}),
+        (Screen, {"TERM": "dumb"}, set()),
+        (io.StringIO, {}, set()),
+        (io.StringIO, {"FORCE_COLOR": "1"}, {"1;31", "0"}),
+    ],
+)
+def test_names_are_literal_and_colours_the_terminals(bert, tmp_path, monkeypatch, screen, variables, codes):
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", "COLUMNS": "500", **variables}.items():
+        monkeypatch.setenv(name, value)
+    odd = tmp_path / ("[red]no[/red] [/] :smile: " * 8)
+    monkeypatch.setattr(sys, "stderr", screen())
+    assert run_command(odd, tmp_path / "lsg") == 3
+    error = sys.stderr.getvalue()
+    assert set(re.findall(r"\x1b\[([0-9;]*)m", error)) == codes
+    assert without_codes(error).startswith(f"error: --initial_model: '{odd}' is no folder") and error.count("\n") == 1
+    odd.parent.mkdir(parents=True)
+    odd.symlink_to(bert.source)
+    monkeypatch.setattr(sys, "stdout", screen())
+    assert run_command(odd, tmp_path / "lsg", "--dry_run") == 0
+    description = sys.stdout.getvalue()
+    assert set(re.findall(r"\x1b\[([0-9;]*)m", description)) == {code.removesuffix(";31") for code in codes}
+    assert f"source        {odd}: bert, 512 positions\n" in without_codes(description)
+    assert sys.stderr.getvalue() == error
+
+
+def test_quiet_on_a_terminal(bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Screen())
+    assert run_command(bert.source, tmp_path / "lsg", "--no_verify", "--quiet") == 0
+    assert not sys.stdout.getvalue() and not sys.stderr.getvalue()
+    assert run_command(bert.source, tmp_path / "again", "--no_verify") == 0
+    assert "writing" in sys.stderr.getvalue()
+
+
+def test_interrupted_on_a_terminal(bert, tmp_path):
+    flags = ["--initial_model", bert.source, "--model_name", tmp_path / "lsg", "--run_test"]
+    result = Terminal(*flags, press=(b"running AutoModel", b"\x03"))
+    assert result.returncode == 130 and not list(tmp_path.iterdir())
+    end = "\x1b[?25h\r\x1b[1A\x1b[2K\x1b[1;31merror:\x1b[0m interrupted; nothing is left half-written\n"
+    assert result.text.endswith(end)
 
 
 def test_a_wrong_call_is_one_line(bert, tmp_path):

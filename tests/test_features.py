@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import run_command
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
@@ -231,6 +233,23 @@ def test_the_cards_code_runs_without_a_tokenizer(source, tmp_path):
     assert run_command(source, tmp_path / "lsg", "--quiet") == 0
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "lsg" / "README.md").read_text(), re.DOTALL)
     assert run_code(code, tmp_path).returncode == 0
+
+
+def test_the_card_takes_what_the_source_says_literally(source, tmp_path):
+    metadata = {"tags": ["{{ 7 * 7 }}", "a: b\n---\n# c"], "license_name": "{% raw %}'\"", "base_model": "x: [y]"}
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n")
+    odd = source.rename(tmp_path / "{{ 7 * 7 }} {% for %} {#")
+    assert run_command(odd, tmp_path / "{{ lsg }}", "--quiet", "--no_verify") == 0
+    card = ModelCard.load(tmp_path / "{{ lsg }}" / "README.md")
+    metadata["tags"] += ["lsg", "long-context"]
+    assert card.data.to_dict() == {**metadata, "library_name": "transformers"}
+    assert card.text.startswith("\n# {{ lsg }}\n") and f"- Source: {odd.name}, bert\n" in card.text
+
+
+def test_front_matter_that_is_no_yaml_is_left_out(source, tmp_path):
+    (source / "README.md").write_text("---\ntags: [a\n---\n")
+    assert run_command(source, tmp_path / "lsg", "--quiet", "--no_verify") == 0
+    assert ModelCard.load(tmp_path / "lsg" / "README.md").data.tags == ["lsg", "long-context"]
 
 
 # Odd, but valid
