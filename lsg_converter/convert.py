@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, hub, surgery, verify
 from .card import write_card
-from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, parse_literals
+from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, first_line, parse_literals
 from .report import ConversionReport, hashes
-from .source import SOURCE_FAULTS, Source, first_line
+from .source import SOURCE_FAULTS, Source
 from .target import check_target, staged, write_companions, write_tokenizer, writing
 
 

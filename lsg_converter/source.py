@@ -1,22 +1,20 @@
 """Reading a source safely: its files are examined before anything is loaded from them."""
 
 import copy
-import json
-import math
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, surgery
-from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceError
+from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceError, first_line
+from .weights import examine, read_json, weight_files
 
 
 # What loading a source raises where the source is at fault.
@@ -31,13 +29,6 @@ SOURCE_FAULTS = (
     SafetensorError,
     UnpicklingError,
 )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, for a message of one line."""
-    if isinstance(error, KeyError):
-        return f"unknown is {error}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
 
 
 class Source:
@@ -232,17 +223,6 @@ def locate(options: ConversionOptions) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises SourceError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: it is no JSON: {first_line(error)}; correct it") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path}: it must hold an object, {{...}}; correct it")
-    return content
-
-
 def read_config(name: str, folder: Path) -> dict[str, Any]:
     """The content of `config.json`. Raises SourceError."""
     config = read_json(folder / "config.json")
@@ -257,82 +237,6 @@ def read_config(name: str, folder: Path) -> dict[str, Any]:
             f"--initial_model: config.json of {name!r}: architectures is {names!r}; it must be a list of names"
         )
     return config
-
-
-def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold a model's weights, by Transformers' choice among them. Raises SourceError."""
-    kinds = [("model", ".safetensors")] + ([("pytorch_model", ".bin")] if allow_pickle else [])
-    for stem, suffix in kinds:
-        path, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
-        if path.is_file():
-            return [path]
-        if index.is_file():
-            return shards(index, suffix)
-    hint = "restore them"
-    if not allow_pickle and list(folder.glob("pytorch_model*.bin")):
-        hint = "its weights are pickled: --allow_pickle loads them, without running code in them"
-    raise SourceError(f"--initial_model: {str(folder)!r} has no weights, such as model.safetensors; {hint}")
-
-
-def shards(index: Path, suffix: str) -> list[Path]:
-    """The files that an index names, none of which may lie elsewhere. Raises SourceError."""
-    content = read_json(index)
-    for name in ("weight_map", "metadata"):
-        if not isinstance(content.get(name), dict) or (name == "weight_map" and not content[name]):
-            raise SourceError(f"{index}: it has no {name}; restore it")
-    names: dict[str, set[str]] = {}
-    for key, name in content["weight_map"].items():
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or not name.endswith(suffix):
-            raise SourceError(f"{index}: it names {name!r}; it must name files beside it that end in {suffix}")
-        names.setdefault(name, set()).add(key)
-    for name, keys in names.items():
-        if not (index.parent / name).is_file():
-            raise SourceError(f"{index}: it names {name!r}, which is not there; restore it")
-        if suffix == ".safetensors":
-            absent = sorted(keys - set(tensor_names(index.parent / name)))
-            if absent:
-                raise SourceError(f"{index}: it says that {absent[0]} is in {name}, which lacks it; restore it")
-    return [index.parent / name for name in sorted(names)]
-
-
-def tensor_names(path: Path) -> list[str]:
-    """The names in a safetensors file, whose header is checked. Raises SourceError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{path}: it cannot be read: {first_line(error)}; restore it") from error
-
-
-def examine(files: list[Path]) -> None:
-    """Raise SourceError where a weight is not finite, or stands in two files."""
-    seen: dict[str, Path] = {}
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
-        for name in tensor_names(path):
-            if name in seen:
-                raise SourceError(f"{path}: the weight {name} is in {seen[name].name} too; remove one of them")
-            seen[name] = path
-            for part in read_parts(path, name):
-                if part.is_floating_point() and not bool(part.isfinite().all()):
-                    raise SourceError(f"{path}: the weight {name} has values that are not finite; restore it")
-
-
-def read_parts(path: Path, name: str, size: int = 2**26) -> Iterator[torch.Tensor]:
-    """A tensor of a safetensors file, some rows of it after the other, of about `size` bytes each.
-
-    The file is opened for each part: what was read stays mapped, and counts as memory, until it is closed.
-    """
-    with safe_open(path, framework="pt") as file:
-        shape = file.get_slice(name).get_shape()
-        if not shape:
-            yield file.get_tensor(name)
-            return
-    step = max(size // max(4 * math.prod(shape[1:]), 1), 1)
-    for start in range(0, shape[0], step):
-        with safe_open(path, framework="pt") as file:
-            yield file.get_slice(name)[start : start + step]
 
 
 def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

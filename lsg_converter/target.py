@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from .options import ConversionOptions, TargetError
-from .source import Source, first_line, read_json
+from .options import ConversionOptions, TargetError, first_line
+from .source import Source
+from .weights import read_json
 
 
 # Files of a tokenizer that Transformers reads, and that it does not always write again.

@@ -14,7 +14,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from . import families
 from .modeling.lsg_modeling import MAX_GLOBAL_TOKENS
 from .options import VerificationError
-from .source import Source, read_parts, tensor_names
+from .source import Source
+from .weights import Written, same_bits
 
 
 SAMPLE = "A text of 1,234 words (naïve, über-long; 漢字) isn't cut at 512 tokens anymore."
@@ -93,34 +94,6 @@ def gives_the_same(source: Source, config: Any) -> bool:
     """Whether a short text must give what the source gives: nothing stands before it, and its positions are kept."""
     kept = source.options.position_init == "tile" and not source.is_lsg
     return kept and config.num_global_tokens == 0 and not config.mask_first_token
-
-
-class Written:
-    """The tensors in the safetensors files of a folder, read when they are asked for, and not kept."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = {name: path for path in sorted(folder.glob("*.safetensors")) for name in tensor_names(path)}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.cat(list(read_parts(self.paths[name], name)))
-
-    def equals(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor on disk is `tensor` in every bit."""
-        start = 0
-        for part in read_parts(self.paths[name], name):
-            if part.ndim == 0:
-                return same_bits(part, tensor)
-            if not same_bits(part, tensor[start : start + len(part)]):
-                return False
-            start += len(part)
-        return start == len(tensor)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit (NaN and the sign of zero included)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
 def unchanged_weights(source: Source, original: PreTrainedModel, written: Written, new_weights: list[str]) -> Check:
