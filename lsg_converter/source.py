@@ -97,12 +97,11 @@ class Source:
         self.files: list[Path] = []
         if content.get("auto_map") and not self.is_lsg:
             self.warnings.append("the source has code of its own, which was not run and does not travel along")
-        # A dry run has the configuration alone.
-        self.tokenizer = None if options.dry_run else read_tokenizer(name, self.folder, options.trust_remote_code)
-        if options.dry_run:
-            return
-        self.first_id = self._token_id("bos", "cls")
-        self.other_id = self._token_id("mask")
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        if not options.dry_run:  # which has the configuration alone
+            self.tokenizer = read_tokenizer(name, self.folder, options.trust_remote_code)
+            self.first_id = self._token_id("bos", "cls")
+            self.other_id = self._token_id("mask")
 
     def _token_id(self, *kinds: str) -> int | None:
         for kind in kinds:
@@ -123,13 +122,17 @@ class Source:
     def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
         """The model on CPU, in the dtype of its weights, and the names of its new and of dropped weights.
 
+        A second call reads the files anew, and does not examine their values again.
+
         Raises:
             SourceError: where a weight cannot be read, or is absent and would be made up.
         """
         name = self.options.initial_model
-        if not self.files:
+        is_first = not self.files
+        if is_first:
             self.files = weight_files(self.folder, self.options.allow_pickle)
             examine(self.files)
+        is_pickled = self.files[0].suffix == ".bin"
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.options.seed)
@@ -137,7 +140,7 @@ class Source:
                     self.folder,
                     config=copy.deepcopy(self.config),
                     dtype=self.options.dtype,
-                    use_safetensors=self.files[0].suffix == ".safetensors",
+                    use_safetensors=not is_pickled,
                     weights_only=True,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
@@ -147,24 +150,28 @@ class Source:
                 f"--initial_model: the weights of {name!r} cannot be loaded: {first_line(error)}; "
                 "they must be complete, and those of the class that config.json names"
             ) from error
-        for key, tensor in model.state_dict().items() if self.files[0].suffix == ".bin" else ():
-            if not bool(tensor.isfinite().all()):  # safetensors were examined before they were loaded
-                raise SourceError(f"--initial_model: {name!r}: the weight {key} has values that are not finite")
-        for key, found, expected in sorted(info["mismatched_keys"]):
-            if self.has_own_head or key.startswith(self.prefix):
+        if is_first and is_pickled:  # safetensors were examined before they were loaded
+            for key, tensor in model.state_dict().items():
+                if not bool(tensor.isfinite().all()):
+                    raise SourceError(f"--initial_model: {name!r}: the weight {key} has values that are not finite")
+        shapes = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
+        new = sorted({*info["missing_keys"], *shapes})
+        needed = [key for key in new if self.has_own_head or key.startswith(self.prefix)]
+        for key in needed:
+            if key in shapes:
+                found, expected = shapes[key]
                 raise SourceError(
-                    f"--initial_model: {name!r}: the weight {key} has the shape {tuple(found)}, and by config.json it "
-                    f"has {tuple(expected)}; correct one of them"
+                    f"--initial_model: {name!r}: the weight {key} has the shape {found}, and by config.json it "
+                    f"has {expected}; correct one of them"
                 )
-        new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         # A pooler is often left out where nobody reads it.
-        made_up = [key for key in new if "pooler." not in key and (self.has_own_head or key.startswith(self.prefix))]
+        made_up = [key for key in needed if "pooler." not in key]
         if made_up:
             raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
         dropped = sorted(key for key in info["unexpected_keys"] if not key.endswith(("position_ids", "token_type_ids")))
-        parts = tuple(f"{part}." for part, _ in getattr(model, model.base_model_prefix, model).named_children())
-        foreign = [key for key in dropped if key.removeprefix(f"{model.base_model_prefix}.").startswith(parts)]
-        foreign = [key for key in foreign if "pooler." not in key]
+        prefix = f"{model.base_model_prefix}."
+        parts = tuple(f"{part}." for part, _ in model.base_model.named_children())
+        foreign = [key for key in dropped if key.removeprefix(prefix).startswith(parts) and "pooler." not in key]
         if foreign:
             raise SourceError(
                 f"--initial_model: {name!r} has weights that {self.model_class.__name__} lacks: "
