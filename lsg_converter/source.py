@@ -130,8 +130,9 @@ class Source:
         name = self.options.initial_model
         is_first = not self.files
         if is_first:
-            self.files = weight_files(self.folder, self.options.allow_pickle)
-            examine(self.files)
+            files = weight_files(self.folder, self.options.allow_pickle)
+            examine(files)
+            self.files = list(files)
         is_pickled = self.files[0].suffix == ".bin"
         try:
             with torch.random.fork_rng(devices=[]):

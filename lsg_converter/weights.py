@@ -23,13 +23,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold a model's weights, by Transformers' choice among them. Raises SourceError."""
+def weight_files(folder: Path, allow_pickle: bool) -> dict[Path, list[str]]:
+    """The files that hold a model's weights, by Transformers' choice, and the names in each. Raises SourceError."""
     kinds = [("model", ".safetensors")] + ([("pytorch_model", ".bin")] if allow_pickle else [])
     for stem, suffix in kinds:
         path, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if path.is_file():
-            return [path]
+            return {path: tensor_names(path)}
         if index.is_file():
             return shards(index, suffix)
     hint = "restore them"
@@ -38,8 +38,8 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     raise SourceError(f"--initial_model: {str(folder)!r} has no weights, such as model.safetensors; {hint}")
 
 
-def shards(index: Path, suffix: str) -> list[Path]:
-    """The files that an index names, none of which may lie elsewhere. Raises SourceError."""
+def shards(index: Path, suffix: str) -> dict[Path, list[str]]:
+    """The files that an index names, none of which may lie elsewhere, and the names in each. Raises SourceError."""
     content = read_json(index)
     for name in ("weight_map", "metadata"):
         if not isinstance(content.get(name), dict) or (name == "weight_map" and not content[name]):
@@ -49,18 +49,26 @@ def shards(index: Path, suffix: str) -> list[Path]:
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or not name.endswith(suffix):
             raise SourceError(f"{index}: it names {name!r}; it must name files beside it that end in {suffix}")
         names.setdefault(name, set()).add(key)
+    files = {}
     for name, keys in names.items():
-        if not (index.parent / name).is_file():
+        path = index.parent / name
+        if not path.is_file():
             raise SourceError(f"{index}: it names {name!r}, which is not there; restore it")
-        if suffix == ".safetensors":
-            absent = sorted(keys - set(tensor_names(index.parent / name)))
-            if absent:
-                raise SourceError(f"{index}: it says that {absent[0]} is in {name}, which lacks it; restore it")
-    return [index.parent / name for name in sorted(names)]
+        files[path] = tensor_names(path)
+        absent = sorted(keys - set(files[path]))
+        if suffix == ".safetensors" and absent:
+            raise SourceError(f"{index}: it says that {absent[0]} is in {name}, which lacks it; restore it")
+    return dict(sorted(files.items()))
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names in a safetensors file, whose header is checked. Raises SourceError."""
+    """The names in a safetensors file, whose header is checked; none of a pickle, which is not opened.
+
+    Raises:
+        SourceError: where the header is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return []
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -68,13 +76,11 @@ def tensor_names(path: Path) -> list[str]:
         raise SourceError(f"{path}: it cannot be read: {first_line(error)}; restore it") from error
 
 
-def examine(files: list[Path]) -> None:
-    """Raise SourceError where a weight is not finite, or stands in two files."""
+def examine(files: dict[Path, list[str]]) -> None:
+    """Raise SourceError where a weight is not finite, or stands in two files; `files` are those of `weight_files`."""
     seen: dict[str, Path] = {}
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
-        for name in tensor_names(path):
+    for path, names in files.items():
+        for name in names:
             if name in seen:
                 raise SourceError(f"{path}: the weight {name} is in {seen[name].name} too; remove one of them")
             seen[name] = path
