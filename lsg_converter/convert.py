@@ -133,7 +133,7 @@ def lsg_config(source: Source) -> Any:
     changes = {
         **kwargs,
         "max_position_embeddings": options.max_sequence_length + base_class.counted_positions(source.config),
-        "auto_map": source.family.auto_map,
+        "auto_map": dict(source.family.auto_map),  # a copy: saving a model changes it
     }
     try:
         return source.family.config_class.from_dict({**source.config.to_dict(), **changes})
