@@ -17,7 +17,7 @@ from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceE
 from .weights import examine, read_json, weight_files
 
 
-# What loading a source raises where the source is at fault.
+# Errors of loading a source that are the fault of the source.
 SOURCE_FAULTS = (
     OSError,
     ValueError,
@@ -35,15 +35,20 @@ class Source:
     """A model to convert: its configuration and its tokenizer are read at once, its weights by `load`.
 
     Attributes:
-        options: what is to be done with it.
+        options: what was asked for.
         folder: where its files are.
         revision: its commit on the Hub, or None where it is a folder of the user's.
-        files: those that its weights are in, once they are loaded.
-        family, lsg_class: what it is, and the class that it becomes.
+        files: its weight files; empty until `load` has found them.
+        family, lsg_class: its family, and the LSG class that it becomes.
         is_lsg: whether it is an LSG checkpoint already.
-        config: its configuration, of its family's stock class, or LSG class where it is LSG.
+        model_class: the class that loads its weights: LSG where it is LSG already, else stock.
+        has_own_head: whether `config.json` names that class, so that the files must hold the head's weights too.
+        config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
         positions: how many tokens it can read.
+        special_positions: how many rows of its position tables stand before the first position.
+        first_id, other_id: the token that the first global token starts from, and the one of the others; None where the
+            vocabulary lacks it. A dry run sets neither.
         warnings: what its user should know.
     """
 
@@ -61,7 +66,7 @@ class Source:
         if self.is_lsg and not wanted:
             raise OptionError(
                 f"--initial_model: {name!r} is an LSG checkpoint already; say what becomes of its global tokens: "
-                "--resize_lsg keeps them, --keep_first_global_token the first, --rebuild_global_tokens none"
+                "--resize_lsg keeps them, --keep_first_global_token keeps the first, --rebuild_global_tokens keeps none"
             )
         if options.architecture is None and not named:
             raise SourceError(
@@ -96,7 +101,7 @@ class Source:
         self.warnings: list[str] = []
         self.files: list[Path] = []
         if content.get("auto_map") and not self.is_lsg:
-            self.warnings.append("the source has code of its own, which was not run and does not travel along")
+            self.warnings.append("the source has code of its own, which was not run and is not copied")
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if not options.dry_run:  # which has the configuration alone
             self.tokenizer = read_tokenizer(name, self.folder, options.trust_remote_code)
@@ -120,12 +125,12 @@ class Source:
         return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
 
     def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
-        """The model on CPU, in the dtype of its weights, and the names of its new and of dropped weights.
+        """The model on the CPU, the names of weights that are new in it, and those of the source's that it leaves out.
 
         A second call reads the files anew, and does not examine their values again.
 
         Raises:
-            SourceError: where a weight cannot be read, or is absent and would be made up.
+            SourceError: where a weight is damaged, missing, not finite, of another shape, or of another family.
         """
         name = self.options.initial_model
         is_first = not self.files
@@ -165,7 +170,7 @@ class Source:
                     f"--initial_model: {name!r}: the weight {key} has the shape {found}, and by config.json it "
                     f"has {expected}; correct one of them"
                 )
-        # A pooler is often left out where nobody reads it.
+        # Checkpoints often lack the pooler, where their head does not use it.
         made_up = [key for key in needed if "pooler." not in key]
         if made_up:
             raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
@@ -190,17 +195,18 @@ class Source:
         )
 
     def token_type(self, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The embedding of token type 0, where global rows carry it."""
+        """The embedding of token type 0, or None where the global rows do not include it."""
         if not (self.options.use_token_ids and self.family.base_class.global_token_type):
             return None
         return state[f"{self.prefix}embeddings.token_type_embeddings.weight"][0]
 
 
 def locate(options: ConversionOptions) -> tuple[Path, str | None]:
-    """The folder of a source, and its commit where it is on the Hub; what is needed of it is downloaded.
+    """The folder of a source, downloaded where it is on the Hub, and then its commit there, else None.
 
     Raises:
         SourceError: where there is no such model.
+        OptionError: where a revision is given with a folder.
     """
     name, folder = options.initial_model, Path(options.initial_model).expanduser()
     if folder.exists():
@@ -251,9 +257,9 @@ def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrain
     """The source's tokenizer, or None where it has none. Raises SourceError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Where there are no files, Transformers makes up a tokenizer that knows its special tokens alone.
+        # Without files, Transformers makes up a tokenizer that knows only its special tokens.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
-    except Exception as error:  # the tokenizers library raises no narrower one
+    except Exception as error:  # the tokenizers library raises plain Exception
         if any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
             raise SourceError(
                 f"--initial_model: the tokenizer of {name!r} cannot be loaded: {first_line(error)}; "

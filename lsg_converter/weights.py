@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> dict[Path, list[str]]:
-    """The files that hold a model's weights, by Transformers' choice, and the names in each. Raises SourceError."""
+    """The files that Transformers takes a model's weights from, and the names in each. Raises SourceError."""
     kinds = [("model", ".safetensors")] + ([("pytorch_model", ".bin")] if allow_pickle else [])
     for stem, suffix in kinds:
         path, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
@@ -39,7 +39,7 @@ def weight_files(folder: Path, allow_pickle: bool) -> dict[Path, list[str]]:
 
 
 def shards(index: Path, suffix: str) -> dict[Path, list[str]]:
-    """The files that an index names, none of which may lie elsewhere, and the names in each. Raises SourceError."""
+    """The files that an index names, which must lie beside it, and the names in each. Raises SourceError."""
     content = read_json(index)
     for name in ("weight_map", "metadata"):
         if not isinstance(content.get(name), dict) or (name == "weight_map" and not content[name]):
@@ -90,9 +90,9 @@ def examine(files: dict[Path, list[str]]) -> None:
 
 
 def read_parts(path: Path, name: str, size: int = 2**26) -> Iterator[torch.Tensor]:
-    """A tensor of a safetensors file, some rows of it after the other, of about `size` bytes each.
+    """A tensor of a safetensors file in parts, each of some rows and about `size` bytes.
 
-    The file is opened for each part: what was read stays mapped, and counts as memory, until it is closed.
+    The file is opened anew for each part, since what was read of it counts as memory until it is closed.
     """
     with safe_open(path, framework="pt") as file:
         shape = file.get_slice(name).get_shape()
@@ -115,7 +115,7 @@ class Written:
         return torch.cat(list(read_parts(self.paths[name], name)))
 
     def equals(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor on disk is `tensor` in every bit."""
+        """Whether the tensor on disk equals `tensor` in every bit."""
         start = 0
         for part in read_parts(self.paths[name], name):
             if part.ndim == 0:
