@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, hub, surgery, verify
 from .card import write_card
-from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, parse_literals
+from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, first_line, parse_literals
 from .report import ConversionReport, hashes
-from .source import SOURCE_FAULTS, Source, first_line
+from .source import SOURCE_FAULTS, Source
 from .target import check_target, staged, write_companions, write_tokenizer, writing
 
 
@@ -24,13 +24,13 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
 
     Args:
         options: what to convert, and how.
-        announce: is told what is done next, in a few words; in none where the Hub's client shows its own progress.
+        announce: is called with the next step, in a few words; in none where the Hub's client shows its own progress.
 
     Returns:
         What was done and checked.
 
     Raises:
-        ConversionError: one line that says what to do; then nothing is left behind.
+        ConversionError: one line that says what to do. Nothing is left behind then, unless it is the push that failed.
     """
     source = Source(options)
     config = lsg_config(source)
@@ -133,7 +133,7 @@ def lsg_config(source: Source) -> Any:
     changes = {
         **kwargs,
         "max_position_embeddings": options.max_sequence_length + base_class.counted_positions(source.config),
-        "auto_map": source.family.auto_map,
+        "auto_map": dict(source.family.auto_map),  # a copy: saving a model changes it
     }
     try:
         return source.family.config_class.from_dict({**source.config.to_dict(), **changes})
@@ -145,7 +145,7 @@ def lsg_config(source: Source) -> Any:
 
 
 def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tables of `model`, which was loaded from `source`, that change, by name."""
+    """The tables that a conversion changes, by name, made from those of `model`, the loaded source."""
     options, base_class, state = source.options, source.family.base_class, model.state_dict()
     special, length = source.special_positions, options.max_sequence_length
     names = [name for table in base_class.position_tables if (name := source.prefix + table) in state]
@@ -170,7 +170,7 @@ def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tenso
 
 
 def build(source: Source, config: Any) -> PreTrainedModel:
-    """The LSG model without weights. Raises SourceError where the configuration describes none."""
+    """The LSG model without weights. Raises SourceError where it cannot be built from the configuration."""
     try:
         with torch.device("meta"):
             return source.lsg_class(config)
@@ -181,23 +181,23 @@ def build(source: Source, config: Any) -> PreTrainedModel:
 
 
 def assemble(model: PreTrainedModel, source: Source, original: PreTrainedModel) -> None:
-    """Give the model the weights of `original`, which it shares, and its own tables. Raises OptionError."""
+    """Give the model its changed tables and, shared, all other weights of `original`. Raises OptionError."""
     state = {**original.state_dict(), **long_tables(source, original)}
     if absent := sorted(model.state_dict().keys() - state.keys()):
         raise OptionError(
-            f"--architecture: in Transformers {transformers.__version__} {type(original).__name__} lacks {absent[0]}, "
-            "which it reads; use a newer one"
+            f"--architecture: {type(original).__name__} of Transformers {transformers.__version__} lacks the weight "
+            f"{absent[0]}, which {type(model).__name__} reads; use a newer Transformers"
         )
     model.load_state_dict(state, assign=True)
-    # As in the source: where its files hold two values for what its configuration ties, they stay two.
+    # As in the source: weights that its configuration ties, but whose values in its files differ, stay apart.
     model.all_tied_weights_keys = dict(original.all_tied_weights_keys)
     model.tie_weights(recompute_mapping=False)
-    # With this, saving the model writes its code beside its weights.
+    # So that saving the model writes its code beside its weights.
     model.register_for_auto_class(source.family.auto_class(source.lsg_class))
 
 
 class LSGConverter:
-    """Converts models for texts of `max_sequence_length` tokens."""
+    """Converts models to read up to `max_sequence_length` tokens."""
 
     def __init__(self, max_sequence_length: int = 4096) -> None:
         self.max_sequence_length = max_sequence_length

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class Family:
             raise OptionError(f"--architecture: got {architecture!r}; the family {self.model_type!r} has {known}")
         return self.architectures[name]
 
-    @property
-    def auto_map(self) -> dict[str, str]:
+    @cached_property
+    def auto_map(self) -> Mapping[str, str]:
         """The whole `auto_map` of a checkpoint: every Auto class that has a class of this family."""
         result = {"AutoConfig": f"{self.module}.{self.config_class.__name__}"}
         for name, auto_class in vars(modeling_auto).items():

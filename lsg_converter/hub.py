@@ -8,8 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
-from .options import TargetError
-from .source import first_line
+from .options import TargetError, first_line
 
 
 def full_name(name: str, token: str | bool | None) -> str:

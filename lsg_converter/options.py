@@ -34,6 +34,13 @@ class VerificationError(ConversionError):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a message of one line."""
+    if isinstance(error, KeyError):
+        return f"unknown is {error}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
+
+
 def _help(text: str, *aliases: str) -> dict[str, Any]:
     return {"help": text, "aliases": list(aliases)}
 

@@ -1,25 +1,23 @@
 """Reading a source safely: its files are examined before anything is loaded from them."""
 
 import copy
-import json
-import math
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, surgery
-from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceError
+from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceError, first_line
+from .weights import examine, read_json, weight_files
 
 
-# What loading a source raises where the source is at fault.
+# Errors of loading a source that are the fault of the source.
 SOURCE_FAULTS = (
     OSError,
     ValueError,
@@ -33,26 +31,24 @@ SOURCE_FAULTS = (
 )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, for a message of one line."""
-    if isinstance(error, KeyError):
-        return f"unknown is {error}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
-
-
 class Source:
     """A model to convert: its configuration and its tokenizer are read at once, its weights by `load`.
 
     Attributes:
-        options: what is to be done with it.
+        options: what was asked for.
         folder: where its files are.
         revision: its commit on the Hub, or None where it is a folder of the user's.
-        files: those that its weights are in, once they are loaded.
-        family, lsg_class: what it is, and the class that it becomes.
+        files: its weight files; empty until `load` has found them.
+        family, lsg_class: its family, and the LSG class that it becomes.
         is_lsg: whether it is an LSG checkpoint already.
-        config: its configuration, of its family's stock class, or LSG class where it is LSG.
+        model_class: the class that loads its weights: LSG where it is LSG already, else stock.
+        has_own_head: whether `config.json` names that class, so that the files must hold the head's weights too.
+        config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
         positions: how many tokens it can read.
+        special_positions: how many rows of its position tables stand before the first position.
+        first_id, other_id: the token that the first global token starts from, and the one of the others; None where the
+            vocabulary lacks it. A dry run sets neither.
         warnings: what its user should know.
     """
 
@@ -70,7 +66,7 @@ class Source:
         if self.is_lsg and not wanted:
             raise OptionError(
                 f"--initial_model: {name!r} is an LSG checkpoint already; say what becomes of its global tokens: "
-                "--resize_lsg keeps them, --keep_first_global_token the first, --rebuild_global_tokens none"
+                "--resize_lsg keeps them, --keep_first_global_token keeps the first, --rebuild_global_tokens keeps none"
             )
         if options.architecture is None and not named:
             raise SourceError(
@@ -105,13 +101,12 @@ class Source:
         self.warnings: list[str] = []
         self.files: list[Path] = []
         if content.get("auto_map") and not self.is_lsg:
-            self.warnings.append("the source has code of its own, which was not run and does not travel along")
-        # A dry run has the configuration alone.
-        self.tokenizer = None if options.dry_run else read_tokenizer(name, self.folder, options.trust_remote_code)
-        if options.dry_run:
-            return
-        self.first_id = self._token_id("bos", "cls")
-        self.other_id = self._token_id("mask")
+            self.warnings.append("the source has code of its own, which was not run and is not copied")
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        if not options.dry_run:  # which has the configuration alone
+            self.tokenizer = read_tokenizer(name, self.folder, options.trust_remote_code)
+            self.first_id = self._token_id("bos", "cls")
+            self.other_id = self._token_id("mask")
 
     def _token_id(self, *kinds: str) -> int | None:
         for kind in kinds:
@@ -130,15 +125,20 @@ class Source:
         return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
 
     def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
-        """The model on CPU, in the dtype of its weights, and the names of its new and of dropped weights.
+        """The model on the CPU, the names of weights that are new in it, and those of the source's that it leaves out.
+
+        A second call reads the files anew, and does not examine their values again.
 
         Raises:
-            SourceError: where a weight cannot be read, or is absent and would be made up.
+            SourceError: where a weight is damaged, missing, not finite, of another shape, or of another family.
         """
         name = self.options.initial_model
-        if not self.files:
-            self.files = weight_files(self.folder, self.options.allow_pickle)
-            examine(self.files)
+        is_first = not self.files
+        if is_first:
+            files = weight_files(self.folder, self.options.allow_pickle)
+            examine(files)
+            self.files = list(files)
+        is_pickled = self.files[0].suffix == ".bin"
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.options.seed)
@@ -146,7 +146,7 @@ class Source:
                     self.folder,
                     config=copy.deepcopy(self.config),
                     dtype=self.options.dtype,
-                    use_safetensors=self.files[0].suffix == ".safetensors",
+                    use_safetensors=not is_pickled,
                     weights_only=True,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
@@ -156,24 +156,28 @@ class Source:
                 f"--initial_model: the weights of {name!r} cannot be loaded: {first_line(error)}; "
                 "they must be complete, and those of the class that config.json names"
             ) from error
-        for key, tensor in model.state_dict().items() if self.files[0].suffix == ".bin" else ():
-            if not bool(tensor.isfinite().all()):  # safetensors were examined before they were loaded
-                raise SourceError(f"--initial_model: {name!r}: the weight {key} has values that are not finite")
-        for key, found, expected in sorted(info["mismatched_keys"]):
-            if self.has_own_head or key.startswith(self.prefix):
+        if is_first and is_pickled:  # safetensors were examined before they were loaded
+            for key, tensor in model.state_dict().items():
+                if not bool(tensor.isfinite().all()):
+                    raise SourceError(f"--initial_model: {name!r}: the weight {key} has values that are not finite")
+        shapes = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
+        new = sorted({*info["missing_keys"], *shapes})
+        needed = [key for key in new if self.has_own_head or key.startswith(self.prefix)]
+        for key in needed:
+            if key in shapes:
+                found, expected = shapes[key]
                 raise SourceError(
-                    f"--initial_model: {name!r}: the weight {key} has the shape {tuple(found)}, and by config.json it "
-                    f"has {tuple(expected)}; correct one of them"
+                    f"--initial_model: {name!r}: the weight {key} has the shape {found}, and by config.json it "
+                    f"has {expected}; correct one of them"
                 )
-        new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        # A pooler is often left out where nobody reads it.
-        made_up = [key for key in new if "pooler." not in key and (self.has_own_head or key.startswith(self.prefix))]
+        # Checkpoints often lack the pooler, where their head does not use it.
+        made_up = [key for key in needed if "pooler." not in key]
         if made_up:
             raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
         dropped = sorted(key for key in info["unexpected_keys"] if not key.endswith(("position_ids", "token_type_ids")))
-        parts = tuple(f"{part}." for part, _ in getattr(model, model.base_model_prefix, model).named_children())
-        foreign = [key for key in dropped if key.removeprefix(f"{model.base_model_prefix}.").startswith(parts)]
-        foreign = [key for key in foreign if "pooler." not in key]
+        prefix = f"{model.base_model_prefix}."
+        parts = tuple(f"{part}." for part, _ in model.base_model.named_children())
+        foreign = [key for key in dropped if key.removeprefix(prefix).startswith(parts) and "pooler." not in key]
         if foreign:
             raise SourceError(
                 f"--initial_model: {name!r} has weights that {self.model_class.__name__} lacks: "
@@ -191,17 +195,18 @@ class Source:
         )
 
     def token_type(self, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The embedding of token type 0, where global rows carry it."""
+        """The embedding of token type 0, or None where the global rows do not include it."""
         if not (self.options.use_token_ids and self.family.base_class.global_token_type):
             return None
         return state[f"{self.prefix}embeddings.token_type_embeddings.weight"][0]
 
 
 def locate(options: ConversionOptions) -> tuple[Path, str | None]:
-    """The folder of a source, and its commit where it is on the Hub; what is needed of it is downloaded.
+    """The folder of a source, downloaded where it is on the Hub, and then its commit there, else None.
 
     Raises:
         SourceError: where there is no such model.
+        OptionError: where a revision is given with a folder.
     """
     name, folder = options.initial_model, Path(options.initial_model).expanduser()
     if folder.exists():
@@ -232,17 +237,6 @@ def locate(options: ConversionOptions) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises SourceError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: it is no JSON: {first_line(error)}; correct it") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path}: it must hold an object, {{...}}; correct it")
-    return content
-
-
 def read_config(name: str, folder: Path) -> dict[str, Any]:
     """The content of `config.json`. Raises SourceError."""
     config = read_json(folder / "config.json")
@@ -259,89 +253,13 @@ def read_config(name: str, folder: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold a model's weights, by Transformers' choice among them. Raises SourceError."""
-    kinds = [("model", ".safetensors")] + ([("pytorch_model", ".bin")] if allow_pickle else [])
-    for stem, suffix in kinds:
-        path, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
-        if path.is_file():
-            return [path]
-        if index.is_file():
-            return shards(index, suffix)
-    hint = "restore them"
-    if not allow_pickle and list(folder.glob("pytorch_model*.bin")):
-        hint = "its weights are pickled: --allow_pickle loads them, without running code in them"
-    raise SourceError(f"--initial_model: {str(folder)!r} has no weights, such as model.safetensors; {hint}")
-
-
-def shards(index: Path, suffix: str) -> list[Path]:
-    """The files that an index names, none of which may lie elsewhere. Raises SourceError."""
-    content = read_json(index)
-    for name in ("weight_map", "metadata"):
-        if not isinstance(content.get(name), dict) or (name == "weight_map" and not content[name]):
-            raise SourceError(f"{index}: it has no {name}; restore it")
-    names: dict[str, set[str]] = {}
-    for key, name in content["weight_map"].items():
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or not name.endswith(suffix):
-            raise SourceError(f"{index}: it names {name!r}; it must name files beside it that end in {suffix}")
-        names.setdefault(name, set()).add(key)
-    for name, keys in names.items():
-        if not (index.parent / name).is_file():
-            raise SourceError(f"{index}: it names {name!r}, which is not there; restore it")
-        if suffix == ".safetensors":
-            absent = sorted(keys - set(tensor_names(index.parent / name)))
-            if absent:
-                raise SourceError(f"{index}: it says that {absent[0]} is in {name}, which lacks it; restore it")
-    return [index.parent / name for name in sorted(names)]
-
-
-def tensor_names(path: Path) -> list[str]:
-    """The names in a safetensors file, whose header is checked. Raises SourceError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{path}: it cannot be read: {first_line(error)}; restore it") from error
-
-
-def examine(files: list[Path]) -> None:
-    """Raise SourceError where a weight is not finite, or stands in two files."""
-    seen: dict[str, Path] = {}
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
-        for name in tensor_names(path):
-            if name in seen:
-                raise SourceError(f"{path}: the weight {name} is in {seen[name].name} too; remove one of them")
-            seen[name] = path
-            for part in read_parts(path, name):
-                if part.is_floating_point() and not bool(part.isfinite().all()):
-                    raise SourceError(f"{path}: the weight {name} has values that are not finite; restore it")
-
-
-def read_parts(path: Path, name: str, size: int = 2**26) -> Iterator[torch.Tensor]:
-    """A tensor of a safetensors file, some rows of it after the other, of about `size` bytes each.
-
-    The file is opened for each part: what was read stays mapped, and counts as memory, until it is closed.
-    """
-    with safe_open(path, framework="pt") as file:
-        shape = file.get_slice(name).get_shape()
-        if not shape:
-            yield file.get_tensor(name)
-            return
-    step = max(size // max(4 * math.prod(shape[1:]), 1), 1)
-    for start in range(0, shape[0], step):
-        with safe_open(path, framework="pt") as file:
-            yield file.get_slice(name)[start : start + step]
-
-
 def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The source's tokenizer, or None where it has none. Raises SourceError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Where there are no files, Transformers makes up a tokenizer that knows its special tokens alone.
+        # Without files, Transformers makes up a tokenizer that knows only its special tokens.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
-    except Exception as error:  # the tokenizers library raises no narrower one
+    except Exception as error:  # the tokenizers library raises plain Exception
         if any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
             raise SourceError(
                 f"--initial_model: the tokenizer of {name!r} cannot be loaded: {first_line(error)}; "

@@ -1,4 +1,4 @@
-"""Writing a target that is complete or absent, and what travels along with the weights."""
+"""Writing a target that is complete or absent, and the files that go with its weights."""
 
 import json
 import os
@@ -13,11 +13,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from .options import ConversionOptions, TargetError
-from .source import Source, first_line, read_json
+from .options import ConversionOptions, TargetError, first_line
+from .source import Source
+from .weights import read_json
 
 
-# Files of a tokenizer that Transformers reads, and that it does not always write again.
+# Files of a tokenizer that Transformers reads, but does not always write.
 TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
@@ -28,8 +29,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-STAGE_PREFIX = ".lsg-"
-BEFORE = "before"  # in a stage, what stood at the target
+STAGE_PREFIX = ".lsg-"  # a stage is the folder in which a target is written, before it is renamed
+BEFORE = "before"  # the folder in a stage that keeps what stood at the target
 STALE_SECONDS = 60
 
 
@@ -55,11 +56,11 @@ def staged(options: ConversionOptions) -> Iterator[Path]:
     ancestor = next(parent for parent in path.parents if parent.exists())
     remove_stale(ancestor)
     with writing(options):
-        # On the same disk, so that the last step is a rename; of the same name, which modules are cached under.
+        # On the target's disk, so that the last step is a rename.
         stage = Path(tempfile.mkdtemp(prefix=STAGE_PREFIX, dir=ancestor))
     try:
         with FileLock(stage / "lock"):
-            folder = stage / path.name
+            folder = stage / path.name  # the target's name, under which Transformers caches its code
             with writing(options):
                 folder.mkdir()
             yield folder
@@ -74,7 +75,7 @@ def staged(options: ConversionOptions) -> Iterator[Path]:
 
 
 def replace(path: Path, folder: Path, before: Path) -> None:
-    """Rename `folder` to `path`, from where a folder goes to `before`; or leave all as it was."""
+    """Move the folder at `path` to `before`, and `folder` to `path`; where that fails, undo it."""
     before.parent.mkdir()
     path.rename(before)
     try:
@@ -85,7 +86,7 @@ def replace(path: Path, folder: Path, before: Path) -> None:
 
 
 def remove_stale(ancestor: Path) -> None:
-    """Remove what a killed conversion left in `ancestor`: its lock is free. What it replaced is restored."""
+    """Remove from `ancestor` the stages of killed conversions, whose locks are free; restore what they moved away."""
     for stage in ancestor.glob(f"{STAGE_PREFIX}*"):
         try:
             if (stage / "lock").exists() and time.time() - stage.stat().st_mtime > STALE_SECONDS:
@@ -100,7 +101,7 @@ def remove_stale(ancestor: Path) -> None:
 
 @contextmanager
 def writing(options: ConversionOptions) -> Iterator[None]:
-    """What fails inside is the target's or the disk's fault. Raises TargetError."""
+    """Raise TargetError for an error of writing inside."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -114,9 +115,9 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Source, folder: 
     """Save the source's tokenizer for texts of the new length, with all its files."""
     tokenizer.model_max_length = source.options.max_sequence_length
     if not source.options.trust_remote_code:
-        tokenizer.init_kwargs.pop("auto_map", None)  # code of the source's own does not travel along
+        tokenizer.init_kwargs.pop("auto_map", None)  # the source's own code is not copied
     if tokenizer.is_fast:
-        # A truncation to the old length, stored in tokenizer.json, would cut what others read with that file.
+        # tokenizer.json may hold a truncation to the old length, which would cut longer texts.
         tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     for name in TOKENIZER_FILES:
@@ -124,7 +125,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Source, folder: 
 
 
 def write_companions(source: Source, folder: Path) -> bool:
-    """Copy the licence, and what sentence-transformers reads, for texts of the new length.
+    """Copy the licence, and the files of sentence-transformers, with the new length in them.
 
     Returns:
         Whether the checkpoint is a sentence-transformers model.
@@ -149,23 +150,23 @@ def write_companions(source: Source, folder: Path) -> bool:
 
 
 def sentence_modules(source: Source) -> list[str]:
-    """The folders that modules.json names beside the model itself; empty where there is none that is safe to read."""
+    """The folders that modules.json names beside the model; none where it is absent, damaged or unsafe."""
     path = source.folder / "modules.json"
     if not path.is_file():
         return []
     try:
         modules = [(item["path"], item["type"]) for item in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, KeyError, TypeError):
-        source.warnings.append("modules.json of the source cannot be read, and does not travel along")
+        source.warnings.append("modules.json of the source cannot be read, and is not copied")
         return []
     if any(Path(name).name != name or not kind.startswith("sentence_transformers.") for name, kind in modules):
-        source.warnings.append("modules.json of the source names other code or places, and does not travel along")
+        source.warnings.append("modules.json of the source names other code or places, and is not copied")
         return []
     return [name for name, _ in modules if name]
 
 
 def copy(path: Path, target: Path) -> None:
-    """Copy a file that is there to a place where none is."""
+    """Copy a file where it exists and the target does not."""
     if path.is_file() and not target.exists():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)

@@ -1,4 +1,4 @@
-"""Prove a written checkpoint: load it from disk as a user would, and hold it against its source."""
+"""Prove a written checkpoint: load it from disk as a user would, and compare it with its source."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +14,14 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from . import families
 from .modeling.lsg_config import MAX_GLOBAL_TOKENS
 from .options import VerificationError
-from .source import Source, read_parts, tensor_names
+from .source import Source
+from .weights import Written, same_bits
 
 
 SAMPLE = "A text of 1,234 words (naïve, über-long; 漢字) isn't cut at 512 tokens anymore."
-# In float64, so that rounding cannot make a sparsifier choose another key.
+# For float64, where rounding cannot make a sparsifier choose another key.
 PADDING_TOLERANCE = 1e-9
-# Where another kernel of torch serves a mask than none. On the CPUs that we saw the difference is 0.
+# torch may take another kernel with a mask than without. On the CPUs that we saw the difference is 0.
 SHORT_TOLERANCE = 1e-5
 
 Announce = Callable[[str], None]
@@ -28,7 +29,7 @@ Announce = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Check:
-    """Something that holds, with the figure that shows it, and the seconds that it took where that is of interest."""
+    """What was verified, the figure that shows it, and the seconds that it took, where they are of interest."""
 
     name: str
     figure: str
@@ -37,8 +38,11 @@ class Check:
 
 @dataclass(frozen=True)
 class HeadRun:
-    """One head, run on long inputs: the seconds of a forward pass over the longest that the checkpoint reads, and of a
-    forward and backward pass in training over the shortest that is sparse in every part."""
+    """One head, run on long inputs.
+
+    A forward pass reads as many tokens as the checkpoint can. A forward and backward pass in training reads the fewest
+    that make every part of the attention sparse.
+    """
 
     auto_class: str
     dtype: str
@@ -54,7 +58,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def checks(source: Source, config: Any, folder: Path, announce: Announce) -> Iterator[Check]:
-    """Verify the checkpoint in `folder`, of the configuration `config`, against `source`, whose weights are read anew.
+    """Verify the checkpoint in `folder`, whose configuration is `config`; the weights of `source` are read anew.
 
     Raises:
         VerificationError: which names what does not hold.
@@ -90,41 +94,13 @@ def checks(source: Source, config: Any, folder: Path, announce: Announce) -> Ite
 
 
 def gives_the_same(source: Source, config: Any) -> bool:
-    """Whether a short text must give what the source gives: nothing stands before it, and its positions are kept."""
+    """Whether a short text must give what the source gives: no global tokens, and the same positions."""
     kept = source.options.position_init == "tile" and not source.is_lsg
     return kept and config.num_global_tokens == 0 and not config.mask_first_token
 
 
-class Written:
-    """The tensors in the safetensors files of a folder, read when they are asked for, and not kept."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = {name: path for path in sorted(folder.glob("*.safetensors")) for name in tensor_names(path)}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.cat(list(read_parts(self.paths[name], name)))
-
-    def equals(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor on disk is `tensor` in every bit."""
-        start = 0
-        for part in read_parts(self.paths[name], name):
-            if part.ndim == 0:
-                return same_bits(part, tensor)
-            if not same_bits(part, tensor[start : start + len(part)]):
-                return False
-            start += len(part)
-        return start == len(tensor)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit (NaN and the sign of zero included)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(*(x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
-
-
 def unchanged_weights(source: Source, original: PreTrainedModel, written: Written, new_weights: list[str]) -> Check:
-    """All weights that a conversion leaves alone equal the source's; one of those that are tied stands for all."""
+    """All weights that a conversion leaves alone equal the source's. Of tied ones, one is written and compared."""
     base_class, state = source.family.base_class, original.state_dict()
     changed = {source.prefix + name for name in (*base_class.position_tables, base_class.global_table)}
     on_disk = {tensor.data_ptr() for name, tensor in state.items() if name in written.paths}
@@ -140,7 +116,7 @@ def unchanged_weights(source: Source, original: PreTrainedModel, written: Writte
 
 
 def position_tables(source: Source, original: PreTrainedModel, written: Written) -> Iterator[Check]:
-    """Row `special + i` is the source's row `special + i mod n`, or lies between two; or it is computed."""
+    """Row `special + i` is the source's row `special + i mod n`, or lies between two of its rows, or is sinusoidal."""
     special, length = source.special_positions, source.options.max_sequence_length
     state = original.state_dict()
     for table in source.family.base_class.position_tables:
@@ -168,7 +144,7 @@ def position_tables(source: Source, original: PreTrainedModel, written: Written)
 
 
 def between_rows(name: str, trained: torch.Tensor, written: torch.Tensor, special: int) -> Check:
-    """Each row lies on the line between the two trained rows that are nearest to its place, counted as fractions."""
+    """Each row lies on the line between the two trained rows around its place, which is computed in whole numbers."""
     require(same_bits(written[:special], trained[:special]), f"{name} has other rows before the first position")
     rows, new = trained[special:].double(), written[special:].double()
     worst = 0.0
@@ -182,7 +158,7 @@ def between_rows(name: str, trained: torch.Tensor, written: torch.Tensor, specia
 
 
 def global_table(source: Source, original: PreTrainedModel, written: Written) -> Iterator[Check]:
-    """Row `i` is the sum of its position, word and token type, with the position found by counting; or it is kept."""
+    """Each row is the source's, or the sum of a position (found by counting), a word and, where used, a token type."""
     base_class, state, options = source.family.base_class, original.state_dict(), source.options
     name = source.prefix + base_class.global_table
     if source.prefix + base_class.position_tables[0] not in state:
@@ -206,9 +182,8 @@ def global_table(source: Source, original: PreTrainedModel, written: Written) ->
         expected = positions[origin[row] * step % len(positions)].float() + words[row]
         if token_type is not None:
             expected = expected + token_type.float()
-        require(
-            same_bits(table[row], expected.to(positions.dtype)), f"row {row} of the global tokens is not as it should"
-        )
+        correct = same_bits(table[row], expected.to(positions.dtype))
+        require(correct, f"row {row} of the global tokens is not as it should be")
     parts = "position + word" + ("" if token_type is None else " + token type")
     yield Check(f"global tokens are {parts}, to the bit", f"{len(table) - kept} rows")
 
@@ -223,7 +198,7 @@ def same_tokenizer(source: Source, folder: Path) -> Check:
 
 
 def fitting(model: PreTrainedModel, tokens: int) -> int:
-    """A length that the model takes: with adaptive=False the next smaller whole number of blocks."""
+    """The most tokens, up to `tokens`, that the model takes: with adaptive=False a whole number of blocks."""
     block = model.config.block_size
     return tokens if model.config.adaptive or tokens <= 2 * block else tokens // block * block
 
@@ -268,13 +243,13 @@ def same_as_source(expected: list[torch.Tensor], actual: list[torch.Tensor], tok
     if all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)):
         return Check(name, "to the bit")
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True))
-    require(difference <= SHORT_TOLERANCE, f"a text of {tokens} tokens gives {difference:.0e} else than the source")
+    require(difference <= SHORT_TOLERANCE, f"{tokens} tokens give states {difference:.0e} away from the source's")
     return Check(name, f"difference {difference:.0e}")
 
 
 @contextmanager
 def in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model compute in float64, each module's weights only while it runs: all at once would fill the memory."""
+    """Let a model compute in float64. A module's weights are widened only while it runs, to save memory."""
     kept: dict[nn.Module, dict[str, Any]] = {}
 
     def widen(module: nn.Module, _: Any) -> None:

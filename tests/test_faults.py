@@ -132,6 +132,13 @@ def swapped(index):
     return {**index, "weight_map": {key: other[file] for key, file in index["weight_map"].items()}}
 
 
+def twice(folder):
+    """A weight of the first shard in the second too."""
+    first, second = load_file(folder / FIRST), load_file(folder / SECOND)
+    name = min(first)
+    save_file({**second, name: first[name]}, folder / SECOND, metadata={"format": "pt"})
+
+
 def pickled(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -195,6 +202,7 @@ SOURCES = [
     (sharded(same, remove(SECOND)), "'model-00002-of-00002.safetensors', which is not there"),
     (sharded(same, data("model.safetensors.index.json", lambda raw: raw[:40])), "index.json: it is no JSON"),
     (sharded(same, data(SECOND, lambda raw: raw[:900])), "00002-of-00002.safetensors: it cannot be read"),
+    (sharded(same, twice), "is in model-00001-of-00002.safetensors too; remove one of them"),
     (pointing("../outside.safetensors"), "it names '../outside.safetensors'"),
     (pointing("/etc/model.safetensors"), "it names '/etc/model.safetensors'"),
     (pointing("sub/model.safetensors"), "it names 'sub/model.safetensors'"),
