@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--short_texts", type=whole, default=0, help=f"texts of {SHORT} tokens in the batch beside them")
     names = [contender.name for contender in CONTENDERS]
     add("--models", choices=names, nargs="+", default=names, help="the floor is always among them", metavar="MODEL")
-    add("--published", type=Path, help="the folder of the published implementation and what it needs: see the README")
+    add("--published", type=Path, help="the folder of the published implementation; docs/kernels.md makes it")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and states")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--modes", choices=MODES, nargs="+", default=list(MODES), help="what to measure")
