@@ -1,6 +1,6 @@
 """Draw `attention.png`, what queries see, and `sparsity.png`, what the sparsifiers make, by calling the package.
 
-It needs matplotlib (`pip install ".[efficiency]"`).
+It needs matplotlib (`pip install ".[figures]"`).
 
     python docs/draw.py --output img
 """
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("img"), help="the folder of the pictures (default: img)")
     folder = parser.parse_args(arguments).output
     if importlib.util.find_spec("matplotlib") is None:
-        print('error: matplotlib is missing; pip install ".[efficiency]" brings it', file=sys.stderr)
+        print('error: matplotlib is missing; pip install ".[figures]" brings it', file=sys.stderr)
         return 1
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import AutoModel
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, EncoderDecoderModel, pipeline
+
+from lsg_converter import families
+from lsg_converter.modeling.lsg_classes import stock_class
 
 
 SCRIPT = """
@@ -79,6 +84,33 @@ def inputs_of(model):
         return {"input_ids": ids}
     ids[0, -1] = model.config.eos_token_id
     return {"input_ids": ids, "decoder_input_ids": ids}
+
+
+def test_without_the_flag_it_is_refused(converted, golden):
+    """By every loader, and by a stock class; tokenizers and configurations load. Who wants a stock model says so."""
+    stock = stock_class(families.family(golden.name.replace("_", "-")).base_class)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(converted), "target_modules": "all-linear"}
+    folder = converted.parent / "adapter"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    loaders = [
+        AutoModel.from_pretrained,
+        stock.from_pretrained,
+        lambda name: pipeline("feature-extraction", model=str(name)),
+        lambda name: AutoModel.from_config(AutoConfig.from_pretrained(name)),
+        lambda name: AutoModel.from_pretrained(folder),
+    ]
+    if golden.name == "bert":
+        loaders += [lambda name: SentenceTransformer(str(name)), lambda name: CrossEncoder(str(name))]
+        loaders += [lambda name: EncoderDecoderModel.from_encoder_decoder_pretrained(name, name)]
+    for load in loaders:
+        with pytest.raises(ValueError, match=r"load it with trust_remote_code=True"):
+            load(converted)
+    assert AutoTokenizer.from_pretrained(converted).model_max_length == 1000
+    assert type(stock.from_pretrained(converted, attn_implementation="sdpa")) is stock
+    for kernel in (None, "eager"):
+        model = AutoModel.from_pretrained(converted, trust_remote_code=True, attn_implementation=kernel)
+        assert model.config._attn_implementation == (kernel or "sdpa")
 
 
 def test_two_folders_with_one_name(converted, tmp_path):

@@ -2,7 +2,7 @@
 
 All models have random weights, one width and one number of layers. They run in one process and in turn, so that noise
 hits all alike, and each is compared with a floor: the same LSG-RoBERTa whose attention gives back its values, and
-computes nothing between the projections. Figures need matplotlib (`pip install ".[efficiency]"`). `contenders.py` says
+computes nothing between the projections. Figures need matplotlib (`pip install ".[figures]"`). `contenders.py` says
 who takes part, `measurement.py` how it is measured, `report.py` what is written and drawn.
 
     python experiments/efficiency/benchmark.py --size small

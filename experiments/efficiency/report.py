@@ -110,7 +110,7 @@ def draw(folder: Path, options: argparse.Namespace, host: dict[str, Any], result
     try:
         figure_class = importlib.import_module("matplotlib.figure").Figure
     except ImportError:
-        print('no figures: matplotlib is missing; pip install ".[efficiency]" brings it', file=sys.stderr)
+        print('no figures: matplotlib is missing; pip install ".[figures]" brings it', file=sys.stderr)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for mode in dict.fromkeys(result.mode for result in results):
