@@ -130,6 +130,8 @@ def lsg_config(source: Source) -> Any:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
+    if options.exact:
+        kwargs |= {"num_global_tokens": 0, "full_attention_length": source.positions}
     changes = {
         **kwargs,
         "max_position_embeddings": options.max_sequence_length + base_class.counted_positions(source.config),

@@ -82,6 +82,13 @@ class ConversionOptions:
         default=True, metadata=_help("Add token type 0 to the global tokens, where the family has token types.")
     )
     seed: int = field(default=123, metadata=_help("Seed of what is drawn at random: global tokens, a new head."))
+    exact: bool = field(
+        default=False,
+        metadata=_help(
+            "Give for every text that the source can read what the source gives: no global tokens, and full attention "
+            "up to the source's length."
+        ),
+    )
     resize_lsg: bool = field(
         default=False, metadata=_help("The source is an LSG checkpoint: keep its global tokens, resize its positions.")
     )
@@ -142,6 +149,8 @@ class ConversionOptions:
         chosen = [name for name in GLOBAL_TOKEN_FLAGS if getattr(self, name)]
         if len(chosen) > 1:
             raise OptionError(f"--{chosen[0]}: got --{chosen[1]} as well; give one of them")
+        if self.exact:
+            self._check_exact(chosen)
         if self.max_sequence_length < 1:
             raise OptionError(
                 f"--max_sequence_length: got {self.max_sequence_length}; give a number of tokens, at least 1"
@@ -157,6 +166,18 @@ class ConversionOptions:
                 raise OptionError(f"--{name}: got it without --push_to_hub; give both, or none")
         if self.no_verify and self.run_test:
             raise OptionError("--no_verify: got --run_test as well; give one of them")
+
+    def _check_exact(self, global_token_flags: list[str]) -> None:
+        fields = parse_literals(self.model_kwargs)
+        for name, allowed in {"num_global_tokens": 0, "mask_first_token": False}.items():
+            if fields.get(name, allowed) != allowed:
+                raise OptionError(f"--exact: got {name}={fields[name]!r} as well; give {allowed!r}, or leave one out")
+        if "full_attention_length" in fields:
+            raise OptionError("--exact: got full_attention_length as well, which it sets; give one of them")
+        if self.position_init != "tile":
+            raise OptionError(f"--exact: got --position_init {self.position_init} as well; give one of them")
+        if global_token_flags:
+            raise OptionError(f"--exact: got --{global_token_flags[0]}, for an LSG source; give --model_kwargs instead")
 
     @property
     def hub_token(self) -> str | bool | None:

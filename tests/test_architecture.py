@@ -10,7 +10,7 @@ BELOW = {
     "cli": {"convert", "summary", "report", "options", "__init__"},
     "convert": {"families", "surgery", "source", "target", "verify", "report", "card", "hub", "options"},
     "hub": {"options"},
-    "summary": {"card", "report", "verify"},
+    "summary": {"card", "modeling", "report", "verify"},
     "card": {"report"},
     "report": {"verify", "options"},
     "verify": {"source", "weights", "families", "options", "modeling"},

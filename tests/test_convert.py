@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -182,6 +183,33 @@ def test_every_kind_of_attention_is_verified(source, tmp_path, lsg):
     assert len(report.checks) == 7 + len(exact)
     # Without global tokens, to the bit.
     assert [check.figure for check in exact] == ["to the bit"] * (lsg == {"num_global_tokens": 0})
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "bart", "pegasus"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact(name, dtype, tmp_path):
+    """What the source could read comes out as the source's, at every length, alone and beside a longer text."""
+    source = Golden(name).source
+    report = run(source, tmp_path / "lsg", max_sequence_length=1000, exact=True, dtype=dtype)
+    assert report.lsg["num_global_tokens"] == 0 and report.lsg["full_attention_length"] == 512
+    assert any(check.name == "1, 256, 257, 511, 512 tokens give what the source gives" for check in report.checks)
+    if dtype == "bfloat16":
+        return
+    stock = AutoModel.from_pretrained(source).eval()
+    lsg = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True).eval()
+    ids = torch.randint(5, 100, (3, 700), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([300, 512, 700])
+    mask = (torch.arange(700) < lengths[:, None]).long()
+    more = {"decoder_input_ids": ids[:, :4]} if stock.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        together = lsg(input_ids=ids, attention_mask=mask, **more)
+        for row, length in enumerate(lengths[:2].tolist()):
+            own = {name: value[row : row + 1] for name, value in more.items()}
+            alone = stock(input_ids=ids[row : row + 1, :length], **own)
+            for key in ("last_hidden_state", "encoder_last_hidden_state"):
+                if key in alone:
+                    actual = together[key][row : row + 1, : alone[key].shape[1]]
+                    torch.testing.assert_close(actual, alone[key], rtol=0, atol=5e-5)
 
 
 # What is refused; test_faults.py has more.

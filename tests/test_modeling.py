@@ -465,6 +465,30 @@ def test_a_field_that_is_not_allowed_is_an_error(converted, family, changes, mes
         config_class(**{**content, **changes})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_global_tokens", 600, "num_global_tokens: got 600; allowed is 0 to 512"),
+        ("block_size", 5, "block_size: got 5; allowed is a multiple of sparsity_factor, 2"),
+        ("sparsity_type", "best", "sparsity_type: got 'best'"),
+        ("is_decoder", True, "is_decoder: got True; allowed is False"),
+    ],
+)
+def test_a_field_that_is_set_is_checked_too(load, family, converted, field, value, message):
+    """When a model is built of the configuration, and when a model that has it reads the next text."""
+    if field == "is_decoder" and family.config_class.may_be_decoder:
+        pytest.skip("Transformers sets it itself, for the decoder")
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+    setattr(config, field, value)
+    for auto_class in (AutoModel, families.auto_class(heads(family)[-1])):
+        with pytest.raises(Exception, match=message):
+            auto_class.from_pretrained(converted, trust_remote_code=True, config=config)
+    model = load()
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=message):
+        model(ids_of(model, 1, 30))
+
+
 def test_tied_weights_stay_tied(load, family):
     for name in heads(family):
         model = load(families.auto_class(name))

@@ -83,6 +83,7 @@ class LSGReader(LSGAttentionSupport):
             cls.replacements = define_modules(cls)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # A field may have been set since it was made.
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # In place: the modules keep their weights, and what the stock constructor set on them.
         for module in list(self.modules()):  # type: ignore[attr-defined]
@@ -111,6 +112,8 @@ class LSGReader(LSGAttentionSupport):
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
         config, length = self.config, tokens.shape[1]  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():
+            config.validate_lsg()  # A field may have been set since the last text.
         limit = config.max_position_embeddings - self.counted_positions(config)
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
