@@ -2,11 +2,13 @@
 
 import copy
 import importlib
+import inspect
 import json
 from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -133,6 +135,89 @@ def test_left_padding_hides_what_it_covers(load):
     close(states(model, other, mask)[:, 13:], states(model, ids, mask)[:, 13:])
 
 
+@pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
+@pytest.mark.parametrize("kind", ["norm", "bos_pooling"])
+def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kind, kernel):
+    """Or where they are given: blocks count from the first token, and so do hidden states and probabilities."""
+    options = {"attn_implementation": "eager"} if kernel == "eager" else {"attention_kernel": kernel}
+    model = load(dtype=torch.float64, sparsity_type=kind, mask_first_token=True, **options)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not (model.positions_follow_padding or takes_positions):
+        pytest.skip("positions count from place 0")
+    ids, padding = ids_of(model, 2, 30), model.config.pad_token_id
+    outputs = []
+    for left in (0, 1, 6):
+        padded = torch.nn.functional.pad(ids, (left, 5), value=padding)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (left, 5))
+        mask[1, left + 20 :] = 0
+        more = {}
+        if not model.positions_follow_padding:
+            more["position_ids"] = (torch.arange(left + 35) - left).clamp(min=0).expand(2, -1)
+        padded[mask == 0] = padding
+        output = model(padded, mask, output_hidden_states=True, output_attentions=kernel == "eager", **more)
+        own = slice(left, left + 20)
+        taken = [output.last_hidden_state[:, own], *(state[:, own] for state in output.hidden_states)]
+        if kernel == "eager":
+            taken += [attention[:, :, own] for attention in output.attentions]
+            taken += [attention[..., 1 + left : 1 + left + 20] for attention in output.global_attentions]
+        outputs.append(taken)
+        assert torch.equal(output.last_hidden_state[0, 0], output.last_hidden_state[0, left])  # which heads read
+    for other in outputs[1:]:
+        for expected, actual in zip(outputs[0], other, strict=True):
+            close(actual, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
+def test_tokens_that_see_all(load, kernel):
+    """`global_attention_mask`, by row: one layer carries a token at the start to one far away, and back."""
+    options = {"attn_implementation": "eager"} if kernel == "eager" else {"attention_kernel": kernel}
+    model = load(dtype=torch.float64, num_global_tokens=0, pool_with_global=False, **options)
+    ids = ids_of(model, 3, 61)
+    mask = torch.ones_like(ids)
+    mask[1, 50:] = 0
+    chosen = torch.zeros_like(ids)
+    chosen[0, :3] = chosen[1, 2] = chosen[1, 55] = 1
+
+    def layer(ids, chosen):
+        return model(ids, mask, global_attention_mask=chosen, output_hidden_states=True).hidden_states[1]
+
+    def changed(place, chosen):
+        other = ids.clone()
+        other[:, place] = (ids[:, place] - 5 + 1) % 50 + 5
+        return (layer(other, chosen) != layer(ids, chosen)).any(-1)
+
+    assert not changed(2, torch.zeros_like(ids))[:, 40].any()
+    assert changed(2, chosen)[:, 40].tolist() == [True, True, False]
+    far = changed(45, chosen)
+    assert far[:, 2].tolist() == [True, True, False] and far[:, 0].tolist() == [True, False, False]
+    for row in range(3):  # alone as in the batch
+        length = int(mask[row].sum())
+        own = [x[row : row + 1, :length] for x in (ids, mask, chosen)]
+        alone = states(model, own[0], own[1], global_attention_mask=own[2])
+        close(states(model, ids, mask, global_attention_mask=chosen)[row : row + 1, :length], alone, atol=1e-10)
+
+
+def test_tokens_that_see_all_are_told_right(load):
+    model = load()
+    ids = ids_of(model, 1, 61)
+    with pytest.raises(ValueError, match=r"global_attention_mask: got shape \(1, 60\); it must be .* \(1, 61\)"):
+        model(ids, global_attention_mask=torch.ones(1, 60))
+    ids = ids_of(model, 1, 600)
+    with pytest.raises(ValueError, match=r"got 512 tokens in a row, beside 1 global tokens; allowed are 512"):
+        model(ids, global_attention_mask=(torch.arange(600) < 512)[None])
+    short = ids_of(model, 1, 8)  # full attention anyway
+    assert torch.equal(states(model, short, global_attention_mask=torch.ones(1, 8)), states(model, short))
+
+
+def test_an_unknown_argument_is_said_once(load, caplog):
+    model = load()
+    transformers.logging.get_logger().addHandler(caplog.handler)
+    for _ in range(2):
+        model(ids_of(model, 1, 30), global_atention_mask=1)
+    transformers.logging.get_logger().removeHandler(caplog.handler)
+    assert sum("global_atention_mask" in record.message for record in caplog.records) == 1
+
+
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_padding_to_whole_blocks_by_hand_equals_ours(load, kind):
     model = load(dtype=torch.float64, sparsity_type=kind)
@@ -164,7 +249,8 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
     (packed.last_hidden_state * weight * mask[:, :, None]).sum().backward()
     grads = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    assert max(seen) == sum(max(g + length, 1) for length in tokens)
+    left = 2 if model.positions_follow_padding else 0  # left out too, where blocks count from the first token
+    assert max(seen) == sum(max(g + length, 1) for length in tokens) - left
     for hook in hooks:
         hook.remove()
     for row, length in enumerate(tokens):
