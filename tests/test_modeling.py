@@ -575,6 +575,16 @@ def test_a_field_that_is_set_is_checked_too(load, family, converted, field, valu
         model(ids_of(model, 1, 30))
 
 
+def test_no_encoder_decoder_of_other_configurations(converted, golden):
+    """Which would be saved, and come back, as stock models."""
+    if golden.name != "bert":
+        pytest.skip("one family shows it")
+    encoder = AutoModel.from_pretrained(converted, trust_remote_code=True)
+    decoder = transformers.BertLMHeadModel.from_pretrained(golden.source, is_decoder=True, add_cross_attention=True)
+    with pytest.raises(ValueError, match="config: got a BertConfig; LSGBertModel needs its LSGBertConfig"):
+        transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+
+
 def test_tied_weights_stay_tied(load, family):
     for name in heads(family):
         model = load(families.auto_class(name))

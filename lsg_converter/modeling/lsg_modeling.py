@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs, logging
 
 from .lsg_attention import ATTN_IMPLEMENTATIONS
-from .lsg_classes import LSGAttentionSupport, define_modules, stock_class
+from .lsg_classes import LSGPreTrained, define_modules, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention, passes_global_tokens
 from .lsg_packing import Packing, pack_batch, promote
@@ -68,7 +68,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-class LSGReader(LSGAttentionSupport):
+class LSGReader(LSGPreTrained):
     """Mixed into a model that reads a text: a base model, or an encoder.
 
     Attributes:
@@ -79,7 +79,6 @@ class LSGReader(LSGAttentionSupport):
         replacements: stock classes of modules, and the LSG class of each.
     """
 
-    config_class: Any
     lsg_modules: ClassVar[Mapping[str, type]]
     position_offset: ClassVar[int] = 0
     positions_follow_padding: ClassVar[bool] = False
