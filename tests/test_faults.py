@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -227,16 +228,20 @@ def test_sources(source, tmp_path, capsys, case):
 OPTIONS = [
     (["--max_sequence_length", "0"], "--max_sequence_length: got 0"),
     (["--max_sequence_length", "-4096"], "--max_sequence_length: got -4096"),
-    (["--max_sequence_length", "4k"], "invalid int value: '4k'"),
-    (["--max_sequence_length", "4096.5"], "invalid int value: '4096.5'"),
+    (["--max_sequence_length", "4k"], "--max_sequence_length: got '4k'; give a whole number"),
+    (["--max_sequence_length", "4096.5"], "--max_sequence_length: got '4096.5'; give a whole number"),
     (["--max_sequence_length", "1000000000"], "the positions alone would take 64,000,000,000 bytes"),
-    (["--max_sequence_length"], "expected one argument"),
+    (["--max_sequence_length"], "--max_sequence_length: got no value; give one after it"),
+    (["--no_use_token_ids=3"], "--no_use_token_ids: it takes no value"),
+    (["--overwrite=perhaps"], "--overwrite: got 'perhaps'; give true or false"),
+    (["--quiet=perhaps"], "--quiet: got 'perhaps'; give true or false"),
     (["--architecture", "BertForEverything"], "has BertModel, "),
     (["--architecture", "RobertaForMaskedLM"], "the family 'bert' has BertModel, "),
-    (["--architecture", ""], "--architecture: got an empty string"),
+    (["--architecture", ""], "--architecture: got an empty string; give a value, or leave it out"),
+    (["--model_name", ""], "--model_name: got an empty string; give the folder to write"),
     (["--revision", "main"], "--revision: got it with the folder"),
-    (["--dtype", "int8"], "'int8'"),
-    (["--position_init", "random"], "'random'"),
+    (["--dtype", "int8"], "--dtype: got 'int8'; give one of auto, float32"),
+    (["--position_init", "random"], "--position_init: got 'random'; give one of tile"),
     (["--global_positional_stride", "0"], "--global_positional_stride: got 0"),
     (["--global_positional_stride", "7"], "--global_positional_stride: got 7"),
     (["--resize_lsg"], "is no LSG checkpoint"),
@@ -248,8 +253,8 @@ OPTIONS = [
     (["--no_verify", "--run_test"], "--no_verify: got --run_test as well"),
     (["--overwrit"], "--overwrit: no such option; did you mean --overwrite?"),
     (["--max_seq_length", "3"], "--max_seq_length: no such option; did you mean --max_sequence_length?"),
-    (["stray"], "stray: no such option"),
-    (["--seed", "x"], "invalid int value: 'x'"),
+    (["stray"], "stray: it follows no flag; put one such as --initial_model before it"),
+    (["--seed", "x"], "--seed: got 'x'; give a whole number"),
     (["--seed", "-1"], "--seed: got -1"),
     (["--seed", str(2**70)], "--seed: got 1180591620717411303424"),
     (["--model_kwargs", "{'block_size': 64"], "--model_kwargs: got"),
@@ -262,9 +267,9 @@ OPTIONS = [
     (["--model_kwargs", "{'hidden_size': 64}"], "unknown field 'hidden_size'; "),
     (["--model_kwargs", "{'block_size': 0}"], "block_size: got 0"),
     (["--model_kwargs", "{'block_size': -128}"], "block_size: got -128"),
-    (["--model_kwargs", "{'block_size': '128'}"], "Field 'block_size' expected int, got str"),
-    (["--model_kwargs", "{'block_size': 128.0}"], "Field 'block_size' expected int, got float"),
-    (["--model_kwargs", "{'block_size': None}"], "Field 'block_size' expected int"),
+    (["--model_kwargs", "{'block_size': '128'}"], "--model_kwargs: block_size: got '128'; give a whole number"),
+    (["--model_kwargs", "{'block_size': 128.0}"], "block_size: got 128.0; give a whole number"),
+    (["--model_kwargs", "{'block_size': None}"], "block_size: got None; give a whole number"),
     (["--model_kwargs", "{'block_size': 100, 'sparsity_factor': 3}"], "a multiple of sparsity_factor, 3"),
     (["--model_kwargs", "{'sparse_block_size': -1}"], "sparse_block_size: got -1"),
     (["--model_kwargs", "{'sparse_block_size': 48}"], "sparse_block_size: got 48"),
@@ -275,7 +280,8 @@ OPTIONS = [
     (["--model_kwargs", "{'num_global_tokens': -1}"], "num_global_tokens: got -1"),
     (["--model_kwargs", "{'mask_first_token': True, 'pool_with_global': False}"], "mask_first_token: got True"),
     (["--model_kwargs", "{'lsh_num_pre_rounds': -1}"], "lsh_num_pre_rounds: got -1"),
-    (["--model_kwargs", "{'adaptive': 'yes'}"], "Field 'adaptive' expected bool"),
+    (["--model_kwargs", "{'adaptive': 'yes'}"], "adaptive: got 'yes'; give true or false"),
+    (["--model_kwargs", "{'sparsity_type': 3}"], "sparsity_type: got 3; give a text or none"),
 ]
 
 
@@ -298,7 +304,11 @@ def test_options(bert, tmp_path, capsys, flags, message):
         ("/no/such/folder", 3, "is no folder here"),
         ("a name with spaces", 3, "is no folder here"),
         ("..", 3, "has no config.json"),
-        ("", 2, "--initial_model: got an empty string"),
+        (
+            "",
+            2,
+            "--initial_model: got an empty string; give the model to convert: a name on the Hugging Face Hub, or a",
+        ),
     ],
 )
 def test_names(tmp_path, capsys, name, code, message):
@@ -320,7 +330,8 @@ def test_a_source_that_is_a_file(source, tmp_path, capsys):
         ("a.json", '{"max_sequence_length": ', "neither JSON nor YAML"),
         ("a.json", "[1, 2]", "must hold options"),
         ("a.json", '{"max_sequence_lenght": 1}', "did you mean --max_sequence_length?"),
-        ("a.json", '{"max_sequence_length": "many"}', "invalid int value: 'many'"),
+        ("a.json", '{"max_sequence_length": "many"}', "--max_sequence_length: got 'many'; give a whole number"),
+        ("a.json", '{"model_name": "--x", "seed": -1}', "--seed: got -1"),
         ("a.yaml", "a: [", "neither JSON nor YAML"),
         ("absent.yaml", None, "No such file"),
     ],
@@ -437,6 +448,43 @@ def test_interrupted(source, checkpoint, tmp_path, number, code):
     os.utime(left[0], (0, 0))
     assert run_command(source, tmp_path / "other", "--quiet", "--no_verify") == 0
     assert not list(tmp_path.glob(".lsg-*"))
+
+
+@pytest.mark.newest
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which signals are caught")
+@pytest.mark.parametrize(
+    ("number", "code", "program"),
+    [(signal.SIGINT, 130, [str(ROOT / "convert_checkpoint.py")]), (signal.SIGTERM, 143, ["-m", "lsg_converter"])],
+)
+def test_interrupted_while_it_starts(source, tmp_path, number, code, program):
+    flags = ["--initial_model", str(source), "--model_name", str(tmp_path / "lsg"), "--run_test"]
+    for seconds in (0, 0.05, 0.1, 0.2, 0.5, 1):
+        process = subprocess.Popen([sys.executable, *program, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_until_caught(process.pid, signal.SIGTERM)
+        time.sleep(seconds)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == code, (seconds, error)
+        assert error == "error: interrupted; nothing is left half-written\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def wait_until_caught(pid, number):
+    while True:
+        (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        if int(caught, 16) >> number - 1 & 1:
+            return
+        time.sleep(0.001)
+
+
+def test_an_interrupt_that_is_ignored_stays_so(source, tmp_path):
+    """As under nohup, or in the background of a script."""
+    process = subprocess.Popen(
+        command(source, tmp_path / "lsg", "--dry_run"), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
 
 
 def test_what_a_kill_in_the_last_step_took_away_comes_back(source, checkpoint, tmp_path):
