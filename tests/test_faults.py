@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import Golden, run_command
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
 
@@ -158,9 +160,9 @@ SOURCES = [
     (data("config.json", lambda raw: b"\xff\xfe\x00"), "config.json: it is no JSON"),
     (data("config.json", lambda raw: b"[" * 100_000), "config.json: it is no JSON"),
     (data("config.json", lambda raw: b"[1]"), "config.json: it must hold an object"),
-    (config(model_type=...), "names no model_type; add the family's name to it: albert, bart, bert"),
-    (config(model_type=7), "names no model_type"),
-    (config(model_type="gpt2"), "got 'gpt2' from config.json or the command; known are albert, bart, bert"),
+    (config(model_type=...), "names no model_type; give --model_type one of albert, bart, bert"),
+    (config(model_type=7), "has 7 as its model_type; give --model_type one of albert, bart, bert"),
+    (config(model_type="gpt2"), "'gpt2' cannot be converted; give a model of one of these: albert, bart, bert"),
     (config(architectures=["GPT2LMHeadModel"]), "the class 'GPT2LMHeadModel', which the family 'bert' lacks; give"),
     (config(architectures=[]), "names no architecture; give --architecture one of BertModel"),
     (config(hidden_act="wish"), "config.json of"),
@@ -168,22 +170,26 @@ SOURCES = [
     (config(num_hidden_layers=5), "lacks weights: bert.encoder.layer.2"),
     (config(num_hidden_layers=1), "has weights that BertForPreTraining lacks: bert.encoder.layer.1"),
     (config(quantization_config={"quant_method": "bitsandbytes"}), "is quantized"),
-    (config(architectures="BertModel"), "architectures is 'BertModel'; it must be a list"),
+    (config(architectures="BertModel"), "has 'BertModel' as its architectures; correct it to a list"),
+    (config(pad_token_id=500), "pad_token_id is 500, which is not among its 120 tokens; correct it to the id"),
+    (config(pad_token_id=-121), "pad_token_id is -121, which is not among its 120 tokens"),
+    (config(pad_token_id="1"), "Field 'pad_token_id' with value '1' doesn't match any type in (int, NoneType); "),
     (config(hidden_size="16"), "Field 'hidden_size' expected int"),
     (config(hidden_size=24), "has the shape (16,), and by config.json it has (24,)"),
     (config(num_attention_heads=3), "config.json of"),
     (config(position_embedding_type="relative_key"), "LSG has no relative positions"),
     (config(is_decoder=True), "LSG has no causal form yet"),
     (without("seq_relationship"), "lacks weights: cls.seq_relationship"),
-    (config(max_position_embeddings=0), "max_position_embeddings"),
+    (config(max_position_embeddings=0), "max_position_embeddings is 0; correct it to at least 1"),
     (config(max_position_embeddings=-5), "max_position_embeddings"),
     (config(vocab_size=60), "has the shape (120, 16), and by config.json it has (60, 16)"),
-    (data("model.safetensors", lambda raw: b""), "model.safetensors: it cannot be read"),
-    (data("model.safetensors", lambda raw: raw[: len(raw) // 2]), "model.safetensors: it cannot be read"),
-    (data("model.safetensors", lambda raw: raw[:4]), "model.safetensors: it cannot be read"),
-    (data("model.safetensors", lambda raw: struct.pack("<Q", 2**40) + raw[8:]), "model.safetensors: it cannot be read"),
+    (data("model.safetensors", lambda raw: b""), "model.safetensors: it cannot be read: it is cut off: it has 0 bytes"),
+    (data("model.safetensors", lambda raw: raw[:-1]), "it is cut off: it has 64,127 bytes of 64,128; copy or download"),
+    (data("model.safetensors", lambda raw: raw[:99]), "it is cut off: it has 99 bytes of more than 4,824; copy"),
+    (data("model.safetensors", lambda raw: raw[:4]), "it is cut off: it has 4 bytes"),
+    (data("model.safetensors", lambda raw: struct.pack("<Q", 2**40) + raw[8:]), "it is no safetensors file; copy"),
     (data("model.safetensors", lambda raw: raw[:8] + b"x" + raw[9:]), "model.safetensors: it cannot be read"),
-    (data("model.safetensors", lambda raw: b"version https://git-lfs.github.com/spec/v1\n"), "it cannot be read"),
+    (data("model.safetensors", lambda raw: b"version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
     (header(overlap), "model.safetensors: it cannot be read"),
     (header(shuffle), "model.safetensors: it cannot be read"),
     (weight("pooler.dense.weight", set_nan), "the weight bert.pooler.dense.weight has values that are not finite"),
@@ -208,8 +214,9 @@ SOURCES = [
     (pointing("/etc/model.safetensors"), "it names '/etc/model.safetensors'"),
     (pointing("sub/model.safetensors"), "it names 'sub/model.safetensors'"),
     (pointing("model.bin"), "it names 'model.bin'"),
-    (data("tokenizer.json", lambda raw: raw[:99]), "the tokenizer of"),
-    (data("tokenizer_config.json", lambda raw: b"{"), "the tokenizer of"),
+    (data("tokenizer.json", lambda raw: raw[:99]), "source/tokenizer.json: it is no JSON: "),
+    (data("tokenizer_config.json", lambda raw: b"{"), "source/tokenizer_config.json: it is no JSON: "),
+    (data("tokenizer.json", lambda raw: b"{}"), "the tokenizer of"),
 ]  # fmt: skip
 
 
@@ -239,6 +246,7 @@ OPTIONS = [
     (["--architecture", "RobertaForMaskedLM"], "the family 'bert' has BertModel, "),
     (["--architecture", ""], "--architecture: got an empty string; give a value, or leave it out"),
     (["--model_name", ""], "--model_name: got an empty string; give the folder to write"),
+    (["--model_type", "gpt2"], "--model_type: got 'gpt2'; give one of albert, bart, bert"),
     (["--revision", "main"], "--revision: got it with the folder"),
     (["--dtype", "int8"], "--dtype: got 'int8'; give one of auto, float32"),
     (["--position_init", "random"], "--position_init: got 'random'; give one of tile"),
@@ -272,7 +280,8 @@ OPTIONS = [
     (["--model_kwargs", "{'block_size': None}"], "block_size: got None; give a whole number"),
     (["--model_kwargs", "{'block_size': 100, 'sparsity_factor': 3}"], "a multiple of sparsity_factor, 3"),
     (["--model_kwargs", "{'sparse_block_size': -1}"], "sparse_block_size: got -1"),
-    (["--model_kwargs", "{'sparse_block_size': 48}"], "sparse_block_size: got 48"),
+    (["--model_kwargs", "{'sparse_block_size': 48}"], "sparse_block_size: got 48; allowed is 32 or 64, nearest to it"),
+    (["--model_kwargs", "{'sparse_block_size': 1}"], "sparse_block_size: got 1; allowed is 2, nearest to it"),
     (["--model_kwargs", "{'sparsity_factor': -1}"], "sparsity_factor: got -1"),
     (["--model_kwargs", "{'sparsity_factor': 256}"], "sparsity_factor: got 256"),
     (["--model_kwargs", "{'sparsity_type': 'best'}"], "allowed is one of none, norm"),
@@ -301,8 +310,14 @@ def test_options(bert, tmp_path, capsys, flags, message):
     ("name", "code", "message"),
     [
         ("no/such", 3, "is no folder here, and the Hub gave no such model"),
-        ("/no/such/folder", 3, "is no folder here"),
-        ("a name with spaces", 3, "is no folder here"),
+        ("no/such", 3, "it was not reached, and the cache lacks the model; check the connection"),
+        (
+            "/no/such/folder",
+            3,
+            "there is no folder '/no/such/folder', and no model on the Hub has such a name; correct",
+        ),
+        ("such/folder/", 3, "there is no folder 'such/folder/'"),
+        ("a name with spaces", 3, "there is no folder"),
         ("..", 3, "has no config.json"),
         (
             "",
@@ -316,9 +331,68 @@ def test_names(tmp_path, capsys, name, code, message):
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("kind", "status", "message"),
+    [
+        (GatedRepoError, 403, "its owner grants access; ask for it on its page, and log in"),
+        (RepositoryNotFoundError, 404, "it has none of that name, or a private one; correct the name"),
+        (RevisionNotFoundError, 404, "it has no such revision of it; correct --revision"),
+        (HfHubHTTPError, 500, "what the server said; check the name, the connection and your access"),
+    ],
+)
+def test_what_the_hub_refuses(tmp_path, capsys, monkeypatch, kind, status, message):
+    def refuse(*_, **__):
+        raise kind("what the server said", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    monkeypatch.setattr("lsg_converter.source.snapshot_download", refuse)
+    assert run_command("me/model", tmp_path / "lsg") == 3
+    error = capsys.readouterr().err
+    assert f"'me/model' is no folder here, and the Hub gave no such model: {message}" in error
+
+
 def test_a_source_that_is_a_file(source, tmp_path, capsys):
     assert run_command(source / "config.json", tmp_path / "lsg") == 3
-    assert "has no config.json; give a folder" in capsys.readouterr().err
+    assert "config.json' is a file; give the folder that a model was saved to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "padding", "message"),
+    [
+        ("roberta", None, "pad_token_id is null, and a roberta counts its positions from it; correct it to the id of"),
+        ("camembert", -1, "pad_token_id is -1, which is not among its 120 tokens; correct it to the id of"),
+        ("xlm_roberta", 120, "pad_token_id is 120, which is not among its 120 tokens; correct it to the id of"),
+        ("bart", 120, "pad_token_id is 120, which is not among its 120 tokens; correct it to the id of"),
+    ],
+)
+def test_padding_ids_that_no_model_can_have(tmp_path, capsys, family, padding, message):
+    shutil.copytree(Golden(family).source, tmp_path / "source")
+    config(pad_token_id=padding)(tmp_path / "source")
+    assert run_command(tmp_path / "source", tmp_path / "lsg") == 3
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "lsg").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_a_source_without_a_padding_id(tmp_path, family):
+    """Where positions do not follow it, a stock model needs none."""
+    shutil.copytree(Golden(family).source, tmp_path / "source")
+    config(pad_token_id=None)(tmp_path / "source")
+    assert run_command(tmp_path / "source", tmp_path / "lsg", "--quiet") == 0
+
+
+@pytest.mark.parametrize("fault", [weight("global_embeddings", lambda value: value[:64]), without("global_embeddings")])
+def test_a_global_table_that_is_rebuilt_may_be_short(source, tmp_path, capsys, fault):
+    assert run_command(source, tmp_path / "lsg", "--quiet") == 0
+    assert run_command(tmp_path / "lsg", tmp_path / "expected", "--rebuild_global_tokens", "--quiet") == 0
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    fault(tmp_path / "lsg")
+    assert run_command(tmp_path / "lsg", tmp_path / "kept", "--resize_lsg") == 3
+    assert "global_embeddings" in capsys.readouterr().err
+    assert run_command(tmp_path / "lsg", tmp_path / "rebuilt", "--rebuild_global_tokens") == 0
+    assert "new weights" not in capsys.readouterr().out
+    rebuilt = load_file(tmp_path / "rebuilt" / "model.safetensors")
+    assert expected.keys() == rebuilt.keys()
+    assert all(torch.equal(rebuilt[name], tensor) for name, tensor in expected.items())
 
 
 # Files of options
