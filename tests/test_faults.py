@@ -1,10 +1,12 @@
 """What a user can get wrong: each gives one line and an exit code, and leaves nothing behind."""
 
+import importlib
 import json
 import os
 import re
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -17,6 +19,9 @@ import torch
 from conftest import Golden, run_command
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+from lsg_converter.target import LOCK
 
 
 ROOT = Path(__file__).parents[1]
@@ -428,33 +433,68 @@ def test_files_of_options(bert, tmp_path, capsys, name, text, message):
 def checkpoint(bert, tmp_path):
     """A target that exists and is a model."""
     assert run_command(bert.source, tmp_path / "lsg", "--quiet", "--no_verify", "--seed", "5") == 0
-    (tmp_path / "lsg" / "mine.txt").write_text("mine")
     return tmp_path / "lsg"
 
 
-def folder(path):
-    path.mkdir()
-    (path / "mine").write_text("mine")
+def holding(*names):
+    """A folder with a configuration, and these files and folders."""
+
+    def make(path):
+        for name in ("config.json", *names):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).mkdir() if name.endswith("/") else (path / name).write_text("{}")
+
+    return make
+
+
+def with_links(path):
+    holding("model.safetensors")(path)
+    (path / "vocab.txt").symlink_to("nowhere")
+    (path / "1_Pooling").symlink_to("nowhere")
 
 
 TARGETS = [
-    (folder, [], "exists; give another name, or --overwrite"),
-    (folder, ["--overwrite"], "is no folder of a model"),
-    (lambda path: path.write_text("mine"), [], "exists; give another name"),
-    (lambda path: path.write_text("mine"), ["--overwrite"], "is no folder of a model"),
-    (lambda path: path.symlink_to("nowhere"), [], "exists"),
-    (lambda path: path.symlink_to("source"), ["--overwrite"], "is the source"),
+    (lambda path: path.write_text("mine"), "is a file; give another name"),
+    (lambda path: path.symlink_to("nowhere"), "is a link; give another name"),
+    (lambda path: path.mkdir(), "is an empty folder; remove it, or give another name"),
+    (holding("src/app.js", "package.json", "README.md"), "holds package.json, src/, which no conversion writes; "),
+    (holding("checkpoint-500/config.json", "model.safetensors", "runs/"), "holds checkpoint-500/, runs/, which"),
+    (
+        holding("model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
+        "holds optimizer.pt, rng_state.pth, scheduler.pt and 1 more, which no conversion writes",
+    ),
+    (holding("training_args.bin"), "holds training_args.bin, which"),
+    (holding(".git/HEAD"), "holds .git/, which"),
+    (holding("1_Pooling/config.json", "1_Pooling/notes.txt", "2_Normalize/"), "holds 1_Pooling/notes.txt, which"),
+    (holding("modeling_mine.py"), "holds modeling_mine.py, which"),
+    (holding("lsg_conversion.json", "LICENSE"), "holds LICENSE, which"),
+    (with_links, "holds 1_Pooling, vocab.txt, which"),
+    (lambda path: [holding("vocab.txt")(path), (path / "config.json").unlink()], "it has no config.json"),
 ]
 
 
-@pytest.mark.parametrize(("make", "flags", "message"), TARGETS)
-def test_targets(source, tmp_path, capsys, make, flags, message):
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize(("make", "message"), TARGETS)
+def test_targets(source, tmp_path, capsys, make, message, flags):
     make(tmp_path / "lsg")
     before = content_of(tmp_path)
     assert run_command(source, tmp_path / "lsg", *flags) == 4
     output = capsys.readouterr().err
     assert message in output and output.count("\n") == 1
     assert content_of(tmp_path) == before and sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+def test_a_link_to_the_source(source, tmp_path, capsys):
+    (tmp_path / "lsg").symlink_to("source")
+    assert run_command(source, tmp_path / "lsg", "--overwrite") == 4
+    assert "is the source" in capsys.readouterr().err
+
+
+def test_an_existing_checkpoint_is_replaced_on_request_alone(source, checkpoint, capsys):
+    before = content_of(checkpoint)
+    assert run_command(source, checkpoint) == 4
+    assert "exists; give another name, or --overwrite to replace it" in capsys.readouterr().err
+    assert content_of(checkpoint) == before
 
 
 def test_a_target_whose_name_is_too_long(source, tmp_path, capsys):
@@ -472,11 +512,75 @@ def test_targets_at_the_source(source, capsys, place):
     assert content_of(source) == before
 
 
-def test_overwrite_replaces_a_checkpoint_when_the_new_one_is_complete(source, checkpoint, tmp_path):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_overwrite_replaces_a_checkpoint_when_the_new_one_is_complete(
+    source, checkpoint, tmp_path, monkeypatch, exchanges
+):
+    if not exchanges:  # as where the system cannot
+        monkeypatch.setattr("lsg_converter.target.exchange", lambda *_: False)
     assert run_command(source, checkpoint, "--overwrite", "--quiet", "--max_sequence_length", "600") == 0
     assert json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"] == 600
-    assert not (checkpoint / "mine.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_overwrite_is_one_step(source, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rename", None)  # of two renames the first would leave nothing at the target
+    assert run_command(source, checkpoint, "--overwrite", "--quiet", "--no_verify") == 0
+    assert "seed" not in json.loads((checkpoint / "lsg_conversion.json").read_text())["options"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+@pytest.mark.parametrize("family", ["bert", "mbart"])
+def test_overwrite_replaces_what_save_pretrained_and_a_report_name(tmp_path, family):
+    """A licence is named by the report of the conversion that copied it."""
+    shutil.copytree(Golden(family).source, tmp_path / "source")
+    (tmp_path / "source" / "LICENSE").write_text("free")
+    assert run_command(tmp_path / "source", tmp_path / "lsg", "--quiet", "--no_verify") == 0
+    AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(tmp_path / "lsg").save_pretrained(tmp_path / "saved")
+    for name in ("lsg", "saved"):
+        assert run_command(tmp_path / "source", tmp_path / name, "--overwrite", "--quiet", "--no_verify") == 0
+        assert (tmp_path / name / "LICENSE").read_text() == "free"
+
+
+def test_overwrite_replaces_what_sentence_transformers_saves(source, tmp_path):
+    from sentence_transformers import SentenceTransformer, models
+
+    modules = models.Transformer(str(source)), models.Pooling(16), models.Dense(16, 8), models.Normalize()
+    SentenceTransformer(modules=modules).save(str(tmp_path / "lsg"))
+    assert (tmp_path / "lsg" / "2_Dense" / "model.safetensors").is_file()
+    assert run_command(source, tmp_path / "lsg", "--overwrite", "--quiet", "--no_verify") == 0
+    assert (tmp_path / "lsg" / "lsg_conversion.json").is_file()
+
+
+def test_what_comes_into_the_target_meanwhile_stays(source, checkpoint, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module("lsg_converter.conversion")
+    write = module.write_card
+
+    def write_and_train(*arguments):
+        write(*arguments)
+        (checkpoint / "checkpoint-500").mkdir()
+
+    monkeypatch.setattr(module, "write_card", write_and_train)
+    before = content_of(checkpoint)
+    assert run_command(source, checkpoint, "--overwrite", "--no_verify") == 4
+    assert "holds checkpoint-500/, which" in capsys.readouterr().err
+    assert content_of(checkpoint) == before and (checkpoint / "checkpoint-500").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lsg", "source"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_are_those_of_the_umask(source, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert run_command(source, tmp_path / "lsg", "--quiet", "--no_verify") == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lsg" / "model.safetensors").is_file()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "lsg").rglob("*")}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert stat.S_IMODE((tmp_path / "lsg").stat().st_mode) == 0o777 & ~umask
 
 
 def test_a_failed_overwrite_leaves_what_was_there(source, checkpoint, tmp_path, monkeypatch):
@@ -510,17 +614,18 @@ def start(source, target, *flags):
 def test_interrupted(source, checkpoint, tmp_path, number, code):
     before = content_of(checkpoint)
     process = start(source, checkpoint, "--overwrite")
+    if number == signal.SIGKILL:  # what is in use stays
+        assert run_command(source, tmp_path / "other", "--quiet", "--no_verify") == 0
+        assert process.poll() is None and list(tmp_path.glob(".lsg-*/lsg/config.json"))
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code
     assert content_of(checkpoint) == before
-    left = list(tmp_path.glob(".lsg-*"))
     if number != signal.SIGKILL:
-        assert error == "error: interrupted; nothing is left half-written\n" and not left
+        assert error == "error: interrupted; nothing is left half-written\n" and not list(tmp_path.glob(".lsg-*"))
         return
-    # The next conversion removes what the kill left, once it is old; a stage in use stays.
-    os.utime(left[0], (0, 0))
-    assert run_command(source, tmp_path / "other", "--quiet", "--no_verify") == 0
+    assert list(tmp_path.glob(".lsg-*"))  # until the next conversion
+    assert run_command(source, tmp_path / "another", "--quiet", "--no_verify") == 0
     assert not list(tmp_path.glob(".lsg-*"))
 
 
@@ -561,14 +666,25 @@ def test_an_interrupt_that_is_ignored_stays_so(source, tmp_path):
     assert process.wait(timeout=60) == 0
 
 
+def test_what_is_no_stage_or_may_be_in_use_stays(source, tmp_path):
+    notes, begun = tmp_path / ".lsg-notes", tmp_path / ".lsg-begun"
+    notes.mkdir()
+    (notes / "lock").write_text("mine")
+    begun.mkdir()
+    (begun / LOCK).touch()
+    for name in ("one", "two"):
+        assert run_command(source, tmp_path / name, "--quiet", "--no_verify") == 0
+        assert (notes / "lock").read_text() == "mine" and begun.exists() is (name == "one")
+        os.utime(begun, (0, 0)) if name == "one" else None
+
+
 def test_what_a_kill_in_the_last_step_took_away_comes_back(source, checkpoint, tmp_path):
     """Killed between the two renames of --overwrite: the old checkpoint is in the stage, the new one not in place."""
     before = content_of(checkpoint)
     stage = tmp_path / ".lsg-killed"
     (stage / "before").mkdir(parents=True)
     checkpoint.rename(stage / "before" / "lsg")
-    (stage / "lock").touch()
-    os.utime(stage, (0, 0))
+    (stage / LOCK).touch()
     assert run_command(source, tmp_path / "other", "--quiet", "--no_verify") == 0
     assert content_of(checkpoint) == before and not list(tmp_path.glob(".lsg-*"))
 
