@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .options import ConversionOptions
 from .verify import Check, HeadRun
+from .version import package_version
 
 
 FILE_NAME = "lsg_conversion.json"
@@ -73,14 +73,6 @@ class ConversionReport:
         """Write `lsg_conversion.json`. Without seconds: two equal conversions write equal bytes."""
         text = json.dumps(without_seconds(self.content()), indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def package_version(name: str) -> str:
-    """The version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"
 
 
 def without_seconds(value: Any) -> Any:

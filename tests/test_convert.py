@@ -306,7 +306,7 @@ def test_verification_finds_damaged_code(source, tmp_path, monkeypatch, file, ol
 
 
 def test_verification_finds_another_tokenizer(source, tmp_path, monkeypatch):
-    module = importlib.import_module("lsg_converter.convert")
+    module = importlib.import_module("lsg_converter.conversion")
     write = module.write_tokenizer
 
     def write_another(tokenizer, source, folder):

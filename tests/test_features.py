@@ -368,7 +368,7 @@ def test_memory(large):
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     code = (
         "import sys\n"
-        "from lsg_converter import cli\n"
+        "from lsg_converter import cli, convert\n"  # the latter with all that it imports
         # Not resource's ru_maxrss, which starts from the peak of the process that started this one.
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
         "before = peak()\n"

@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
@@ -13,7 +13,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, hub, surgery, verify
 from .card import write_card
-from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, first_line, parse_literals
+from .options import (
+    MAX_SEQUENCE_LENGTH,
+    ConversionOptions,
+    OptionError,
+    SourceError,
+    check_type,
+    first_line,
+    parse_literals,
+)
 from .report import ConversionReport, hashes
 from .source import SOURCE_FAULTS, Source
 from .target import check_target, staged, write_companions, write_tokenizer, writing
@@ -124,12 +132,13 @@ def lsg_config(source: Source) -> Any:
     """The configuration of the converted model. Raises OptionError where a field is not allowed."""
     options, base_class = source.options, source.family.base_class
     kwargs = parse_literals(options.model_kwargs)
-    known = source.family.lsg_fields
-    for name in kwargs:
+    known, hints = source.family.lsg_fields, get_type_hints(source.family.config_class.__bases__[0])
+    for name, value in kwargs.items():
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
+        check_type(f"model_kwargs: {name}", value, hints[name])
     if options.exact:
         kwargs |= {"num_global_tokens": 0, "full_attention_length": source.positions}
     changes = {
