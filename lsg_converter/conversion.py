@@ -27,6 +27,10 @@ from .source import SOURCE_FAULTS, Source
 from .target import check_target, staged, write_companions, write_tokenizer, writing
 
 
+# In the names of classes whose head was trained on a task.
+TRAINED_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+
+
 def convert(options: ConversionOptions, announce: verify.Announce = lambda step: None) -> ConversionReport:
     """Convert a model, write it to `options.model_name`, and prove what was written.
 
@@ -125,7 +129,20 @@ def plan(source: Source, config: Any) -> ConversionReport:
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
         warnings=list(source.warnings),
+        advice=advice(source, config),
     )
+
+
+def advice(source: Source, config: Any) -> list[str]:
+    """What suits a model that is likely used without training it again: one for sentences, or with a trained head."""
+    trained_head = source.has_own_head and any(part in source.lsg_class.__name__ for part in TRAINED_HEADS)
+    if source.options.exact or source.is_lsg or not (trained_head or (source.folder / "modules.json").is_file()):
+        return []
+    g, kept = config.num_global_tokens, source.positions
+    result = [f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"]
+    if g > 1:
+        result.append(f"{g} global tokens that nothing has trained change much of what it gives; take 1, or none")
+    return result
 
 
 def lsg_config(source: Source) -> Any:

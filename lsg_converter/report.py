@@ -32,6 +32,7 @@ class ConversionReport:
         is_sentence_model: whether sentence-transformers can load it.
         new_weights, dropped_weights: names of weights that a change of head made or left out.
         warnings: what a user should know.
+        advice: options that may suit the source better.
         checks: what was verified, from disk.
         heads: what `run_test` ran.
         source_files, files: the SHA-256 of the source's weights and configuration, and of what was written.
@@ -53,6 +54,7 @@ class ConversionReport:
     new_weights: list[str] = field(default_factory=list)
     dropped_weights: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     heads: list[HeadRun] = field(default_factory=list)
     source_files: dict[str, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from .verify import Check, HeadRun
 
 
 LABEL_WIDTH = 14
-STYLES = {"verified": "green", "warning": "yellow"}
+STYLES = {"verified": "green", "warning": "yellow", "advice": "cyan"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def summary(report: ConversionReport) -> Iterator[RenderableType]:
         yield Fact("left out", name)
     for warning in report.warnings:
         yield Fact("warning", warning)
+    for line in report.advice:
+        yield Fact("advice", line)
     if options.dry_run:
         yield Text("nothing was written: this is a dry run")
         return

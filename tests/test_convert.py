@@ -212,6 +212,22 @@ def test_exact(name, dtype, tmp_path):
                     torch.testing.assert_close(actual, alone[key], rtol=0, atol=5e-5)
 
 
+def test_exact_is_advised_where_a_model_is_used_as_it_is(source, tmp_path):
+    def said(**options):
+        return run(source, tmp_path / "lsg", dry_run=True, **options).advice
+
+    assert said() == [] == said(architecture="BertForSequenceClassification")  # a new head is trained anyway
+    change_config(source, architectures=["BertForSequenceClassification"])
+    (line,) = said()
+    assert line.startswith("--exact gives for texts up to 512 tokens what the source gives")
+    assert said(exact=True) == []
+    change_config(source, architectures=["BertModel"])
+    assert said() == []
+    (source / "modules.json").write_text("[]")
+    assert said() == [line]
+    assert said(model_kwargs={"num_global_tokens": 16})[1].startswith("16 global tokens that nothing has trained")
+
+
 # What is refused; test_faults.py has more.
 
 
