@@ -8,13 +8,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
     "cli": {"convert", "summary", "report", "options", "__init__"},
-    "convert": {"families", "surgery", "source", "target", "verify", "report", "card", "hub", "options"},
+    "convert": {
+        *("families", "surgery", "source", "target", "companions", "verify", "report", "card", "hub", "options"),
+    },
     "hub": {"options"},
     "summary": {"card", "report", "verify"},
     "card": {"report"},
     "report": {"verify", "options"},
     "verify": {"source", "weights", "families", "options", "modeling"},
-    "target": {"source", "weights", "options"},
+    "companions": {"source", "weights"},
+    "target": {"source", "options"},
     "source": {"families", "surgery", "weights", "options"},
     "weights": {"options"},
     "families": {"options", "modeling"},
