@@ -123,7 +123,9 @@ class ConversionOptions:
     )
     allow_pickle: bool = field(
         default=False,
-        metadata=_help("Load pickled weights where there are no safetensors, without running their code."),
+        metadata=_help(
+            "Load pickled weights where there are no safetensors, without running their code; copy those of modules."
+        ),
     )
     overwrite: bool = field(
         default=False, metadata=_help("Replace the checkpoint that --model_name names, once the new one is complete.")

@@ -29,8 +29,9 @@ class ConversionReport:
         source_positions, positions: tokens that the source could read, and that the written model can.
         changed: what is not the source's, in words.
         has_tokenizer: whether a tokenizer was written.
-        is_sentence_model: whether sentence-transformers can load it.
+        sentence_class: the class of sentence-transformers that loads it, where it has modules of theirs.
         new_weights, dropped_weights: names of weights that a change of head made or left out.
+        left_out: files and folders of the source that are not in the target.
         warnings: what a user should know.
         advice: options that may suit the source better.
         checks: what was verified, from disk.
@@ -50,9 +51,10 @@ class ConversionReport:
     positions: int
     changed: list[str] = field(default_factory=list)
     has_tokenizer: bool = False
-    is_sentence_model: bool = False
+    sentence_class: str | None = None
     new_weights: list[str] = field(default_factory=list)
     dropped_weights: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)

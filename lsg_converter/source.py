@@ -1,13 +1,14 @@
 """Reading a source safely: its files are examined before anything is loaded from them."""
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -25,6 +26,12 @@ from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceE
 from .weights import examine, read_json, weight_files
 
 
+# Weights in formats that are not read, as names on the Hub.
+OTHER_FORMATS = ("onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*")
+# Settings of a ColBERT checkpoint: the tokens that mark a query and a document, and their lengths.
+COLBERT_SETTINGS = "artifact.metadata"
+# Heads of BGE-M3, which its own library loads from beside the model.
+PICKLED_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 # Errors of loading a source that are the fault of the source.
 SOURCE_FAULTS = (
     OSError,
@@ -50,6 +57,7 @@ class Source:
         family, lsg_class: its family, and the LSG class that it becomes.
         is_lsg: whether it is an LSG checkpoint already.
         model_class: the class that loads its weights: LSG where it is LSG already, else stock.
+        is_colbert: whether it is a ColBERT checkpoint, which has a projection beside the weights of a base model.
         has_own_head: whether `config.json` names that class, so that the files must hold the head's weights too.
         config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
@@ -90,6 +98,7 @@ class Source:
             )
         self.lsg_class = self.family.lsg_class(options.architecture or named[0])
         self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
+        self.is_colbert = named == ["HF_ColBERT"]
         self.has_own_head = self.model_class.__name__ in named
         config_class = self.family.config_class if self.is_lsg else families.stock_class(self.family.config_class)
         try:
@@ -133,6 +142,18 @@ class Source:
     def prefix(self) -> str:
         """What the names of the base model's weights begin with."""
         return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
+
+    def names(self) -> list[str]:
+        """The names of its files, as `folder/name` where they are in one; what lies deeper may stand for its folder."""
+        if self.revision is not None:
+            try:
+                return HfApi(token=self.options.hub_token).list_repo_files(
+                    self.options.initial_model, revision=self.revision
+                )
+            except Exception:  # of the Hub's client and of the connection; the conversion needs no list
+                self.warnings.append("the Hub did not list the files of the source: those not downloaded are not named")
+        paths = [path for path in self.folder.glob("*") if path.is_file()]
+        return [path.relative_to(self.folder).as_posix() for path in (*paths, *self.folder.glob("*/*"))]
 
     def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
         """The model on the CPU, the names of weights that are new in it, and those of the source's that it leaves out.
@@ -242,13 +263,13 @@ def locate(options: ConversionOptions) -> tuple[Path, str | None]:
     )
     patterns = ["config.json"]
     if not options.dry_run:
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.safetensors"]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "*.safetensors"]
+        patterns += [COLBERT_SETTINGS]
         patterns += ["*.py"] if options.trust_remote_code else []
-    others = ["onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*"]
     try:
-        snapshot = Path(download(allow_patterns=patterns, ignore_patterns=others))
-        if options.allow_pickle and not options.dry_run and not list(snapshot.glob("*.safetensors")):
-            download(allow_patterns=["pytorch_model*.bin"])
+        snapshot = Path(download(allow_patterns=patterns, ignore_patterns=list(OTHER_FORMATS)))
+        if not options.dry_run and (pickles := pickles_of(snapshot, options.allow_pickle)):
+            download(allow_patterns=pickles)
     except SOURCE_FAULTS as error:
         raise SourceError(
             f"--initial_model: {name!r} is no folder here, and the Hub gave no such model: {refusal(error)}"
@@ -268,6 +289,28 @@ def refusal(error: BaseException) -> str:
     }
     known = (reason for kind, reason in reasons.items() if isinstance(error, kind))
     return next(known, f"{first_line(error)}; check the name, the connection and your access")
+
+
+def pickles_of(snapshot: Path, allowed: bool) -> list[str]:
+    """The names of pickles that may be on the Hub beside what was downloaded.
+
+    Those of modules are fetched without the flag too, and not opened then: so it is seen that one needs them.
+    """
+    modules = [name for name, _ in read_modules(snapshot) if name]
+    pickles = [f"{name}/*.bin" for name in modules if not list((snapshot / name).glob("*.safetensors"))]
+    if allowed:
+        pickles += PICKLED_HEADS
+        pickles += [] if list(snapshot.glob("*.safetensors")) else ["pytorch_model*.bin"]
+    return pickles
+
+
+def read_modules(folder: Path) -> list[tuple[str, str]]:
+    """The folder and the type of each module of sentence-transformers; none where modules.json is absent or damaged."""
+    try:
+        content = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        return [(str(item["path"]), str(item["type"])) for item in content]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_config(options: ConversionOptions, folder: Path) -> dict[str, Any]:

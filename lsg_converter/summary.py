@@ -47,6 +47,8 @@ def summary(report: ConversionReport) -> Iterator[RenderableType]:
         yield Fact("new weights", name)
     for name in report.dropped_weights:
         yield Fact("left out", name)
+    if report.left_out:
+        yield Fact("not copied", ", ".join(report.left_out))
     for warning in report.warnings:
         yield Fact("warning", warning)
     for line in report.advice:

@@ -1,7 +1,6 @@
-"""Writing a target that is complete or absent, and the files that go with its weights."""
+"""Writing a target that is complete or absent."""
 
 import ctypes
-import json
 import os
 import re
 import shutil
@@ -13,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
+from .companions import TOKENIZER_FILES
 from .families import MODELING
 from .options import ConversionOptions, SourceError, TargetError, first_line
 from .report import FILE_NAME
@@ -22,17 +21,6 @@ from .source import Source
 from .weights import read_json
 
 
-# Files of a tokenizer that Transformers reads, but does not always write.
-TOKENIZER_FILES = (
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 # What else a checkpoint may hold, in the folder of a sentence-transformers module too: what a conversion,
 # `save_pretrained` or sentence-transformers' `save` writes.
 CHECKPOINT_FILE = re.compile(
@@ -190,64 +178,3 @@ def writing(options: ConversionOptions) -> Iterator[None]:
         raise TargetError(
             f"--model_name: {options.model_name!r} cannot be written: {reason}; give another place, or make room"
         ) from error
-
-
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path) -> None:
-    """Save the source's tokenizer for texts of the new length, with all its files."""
-    tokenizer.model_max_length = source.options.max_sequence_length
-    if not source.options.trust_remote_code:
-        tokenizer.init_kwargs.pop("auto_map", None)  # the source's own code is not copied
-    if tokenizer.is_fast:
-        # tokenizer.json may hold a truncation to the old length, which would cut longer texts.
-        tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        copy(source.folder / name, folder / name)
-
-
-def write_companions(source: Source, folder: Path) -> bool:
-    """Copy the licence, and the files of sentence-transformers, with the new length in them.
-
-    Returns:
-        Whether the checkpoint is a sentence-transformers model.
-    """
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*"):
-        for path in source.folder.glob(pattern):
-            copy(path, folder / path.name)
-    modules = sentence_modules(source)
-    for name in modules:
-        for path in (source.folder / name).glob("*"):
-            if path.suffix in (".json", ".safetensors", ".txt") or (
-                path.suffix == ".bin" and source.options.allow_pickle
-            ):
-                copy(path, folder / name / path.name)
-    if modules:
-        for path in (source.folder / "modules.json", *source.folder.glob("*sentence_transformers.json")):
-            copy(path, folder / path.name)
-        for path in source.folder.glob("sentence_*_config.json"):
-            content = {**read_json(path), "max_seq_length": source.options.max_sequence_length}
-            (folder / path.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return bool(modules)
-
-
-def sentence_modules(source: Source) -> list[str]:
-    """The folders that modules.json names beside the model; none where it is absent, damaged or unsafe."""
-    path = source.folder / "modules.json"
-    if not path.is_file():
-        return []
-    try:
-        modules = [(item["path"], item["type"]) for item in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, KeyError, TypeError):
-        source.warnings.append("modules.json of the source cannot be read, and is not copied")
-        return []
-    if any(Path(name).name != name or not kind.startswith("sentence_transformers.") for name, kind in modules):
-        source.warnings.append("modules.json of the source names other code or places, and is not copied")
-        return []
-    return [name for name, _ in modules if name]
-
-
-def copy(path: Path, target: Path) -> None:
-    """Copy a file where it exists and the target does not."""
-    if path.is_file() and not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)

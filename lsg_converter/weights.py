@@ -129,6 +129,13 @@ def read_parts(path: Path, name: str, size: int = 2**26) -> Iterator[torch.Tenso
             yield file.get_slice(name)[start : start + step]
 
 
+def read_tensor(path: Path, name: str) -> torch.Tensor | None:
+    """A tensor of a file of weights, or None where the file lacks it."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True).get(name)
+    return torch.cat(list(read_parts(path, name))) if name in tensor_names(path) else None
+
+
 class Written:
     """The tensors in the safetensors files of a folder, read when they are asked for, and not kept."""
 

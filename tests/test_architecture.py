@@ -9,13 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
     "__main__": {"cli"},
     "cli": {"conversion", "summary", "report", "options", "version"},
-    "conversion": {"families", "surgery", "source", "target", "verify", "report", "card", "hub", "options"},
+    "conversion": {
+        *("families", "surgery", "source", "target", "companions", "verify", "report", "card", "hub", "options"),
+    },
     "hub": {"options"},
     "summary": {"card", "modeling", "report", "verify"},
     "card": {"report"},
     "report": {"verify", "version", "options"},
     "verify": {"source", "weights", "families", "options", "modeling"},
-    "target": {"report", "source", "weights", "families", "options"},
+    "companions": {"source", "weights"},
+    "target": {"companions", "report", "source", "weights", "families", "options"},
     "source": {"families", "surgery", "weights", "options"},
     "weights": {"options"},
     "families": {"options", "modeling"},

@@ -223,7 +223,7 @@ def test_exact_is_advised_where_a_model_is_used_as_it_is(source, tmp_path):
     assert said(exact=True) == []
     change_config(source, architectures=["BertModel"])
     assert said() == []
-    (source / "modules.json").write_text("[]")
+    (source / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.Transformer"}]))
     assert said() == [line]
     assert said(model_kwargs={"num_global_tokens": 16})[1].startswith("16 global tokens that nothing has trained")
 
