@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.versions import require_version
+
+
+# Here, since every family imports this file before the others of ours.
+require_version("transformers>=5.10,<6")
 
 
 class LSGAttentionSupport:
