@@ -106,6 +106,111 @@ class LateEvidence(torch.utils.data.Dataset):
         ids = torch.randint(20, self.vocabulary, (640,), generator=torch.Generator().manual_seed(index))
         ids[520:630] = self.words[index % 2]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": index % 2}
+@pytest.mark.newest
+def test_worker_processes_of_sentence_transformers(lsg_bert):
+    """They are spawned, and get the model as a pickle."""
+    model = SentenceTransformer(str(lsg_bert), trust_remote_code=True, device="cpu")
+    texts = [TEXT[: 5 * length] for length in (5, 300, 400, 1)]
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        embeddings = model.encode(texts, pool=pool, chunk_size=2, convert_to_tensor=True)
+    finally:
+        model.stop_multi_process_pool(pool)
+    torch.testing.assert_close(embeddings, model.encode(texts, convert_to_tensor=True), rtol=0, atol=1e-5)
+
+
+def loss_of(model, rows):
+    """On rows of 60 tokens, as many as there are numbers in `rows`."""
+    ids = torch.arange(5, 65)[None] + torch.tensor(rows)[:, None]
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(ids, **more)[0].square().mean()
+
+
+def train_step(model, rows):
+    loss_of(model, rows).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def load_for_training(folder):
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, **SMALL).eval()
+
+
+def train_sharded(rank, folder, target):
+    distributed.init_process_group("gloo", init_method=f"file://{target}/meeting", rank=rank, world_size=2)
+    model = load_for_training(folder)
+    for module in [m for m in model.modules() if type(m).__name__ in model._no_split_modules]:
+        fully_shard(module)
+    fully_shard(model)
+    train_step(model, [rank])
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if rank == 0:
+        torch.save(weights, target / "weights.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.newest
+def test_fully_sharded_training(converted, golden, tmp_path):
+    """Two processes with a row each make the step that one makes with both."""
+    if golden.name not in ("bert", "bart"):
+        pytest.skip("one family of each build is enough")
+    torch.multiprocessing.spawn(train_sharded, (converted, tmp_path), nprocs=2)
+    alone, again = load_for_training(converted), load_for_training(converted)
+    before = loss_of(alone, [0, 1])
+    train_step(alone, [0, 1])
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert loss_of(alone, [0, 1]) < before - 1e-3
+    torch.testing.assert_close(loss_of(again, [0, 1]), loss_of(alone, [0, 1]), rtol=0, atol=1e-5)
+
+
+def test_what_must_not_be_split_is_as_in_the_stock_model(converted, golden):
+    """By the names that the classes have in the model: device maps and FSDP look for them."""
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+    for auto_class in (AutoModel, AutoModelForSequenceClassification):
+        if golden.name == "pegasus" and auto_class is not AutoModel:
+            continue  # which has no such head
+        model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=True)
+        stock = auto_class.from_config(AutoConfig.from_pretrained(golden.source))
+        names = model._no_split_modules
+        assert {name.removeprefix("LSG") for name in names} == stock._no_split_modules
+        assert names <= {type(module).__name__ for module in model.modules()}
+
+
+def place(module, name, device, *args, **kwargs):
+    """As accelerate's `set_module_tensor_to_device`, for tensors that are fake."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    tensors = owner._parameters if leaf in owner._parameters else owner._buffers
+    moved = tensors[leaf].detach().to(device)
+    tensors[leaf] = torch.nn.Parameter(moved, requires_grad=False) if tensors is owner._parameters else moved
+
+
+def test_two_devices(converted, golden, monkeypatch):
+    """Fake tensors know a second CPU, and refuse an operation on both."""
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True, attn_implementation="eager", **SMALL)
+    whole = AutoModel.from_config(config, trust_remote_code=True)
+    if not whole._no_split_modules:
+        pytest.skip("the stock model takes no device map")
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", place)
+    size, seen = sum(parameter.nbytes for parameter in whole.parameters()), []
+    for percent in range(2, 190, 6):
+        memory = {0: size * percent // 100, 1: 2 * size}
+        parts = accelerate.infer_auto_device_map(whole, memory, whole._no_split_modules)
+        if len(set(parts.values())) < 2 or parts in seen:
+            continue
+        seen.append(parts)
+        devices = {name: f"cpu:{number}" for name, number in parts.items()}
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            model = AutoModel.from_config(config, trust_remote_code=True).eval()
+            accelerate.big_modeling.attach_align_device_hook_on_blocks(
+                model, {"": "cpu:0", **devices}, offload=dict.fromkeys(devices, False)
+            )
+            ids = torch.ones(2, 30, dtype=torch.long, device="cpu:0")
+            more = {"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {}
+            assert model(ids, torch.ones_like(ids), **more)[0].shape == (2, 30, config.hidden_size)
+    assert seen
+
+
 
 
 def everything(model):

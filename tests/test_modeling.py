@@ -3,12 +3,13 @@
 import copy
 import importlib
 import json
+from inspect import signature
 from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from lsg_converter import families
 from lsg_converter.families import stock_class
@@ -239,8 +240,6 @@ def test_token_types_matter(load):
 
 
 def test_arguments_by_position_and_the_stock_signature(load):
-    from inspect import signature
-
     model = load()
     assert str(signature(model.forward)) == str(signature(stock_class(type(model)).forward.__get__(model)))
     ids, mask = ids_of(model, 1, 30), torch.ones(1, 30)
@@ -274,6 +273,84 @@ def test_hidden_states_have_the_positions_of_the_text(load, tokens):
     model = load(num_global_tokens=3, pool_with_global=False)
     ids = ids_of(model, 2, tokens)
     outputs = model(ids, output_hidden_states=True)
+# A cache in front of the text, as prefix tuning gives it
+
+
+def cache_of(model, tokens):
+    """For two rows; and the states that it is made of, which want gradients."""
+    config, cache = model.config, DynamicCache()
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, 2, 2, heads, tokens, config.hidden_size // heads)
+    leaf = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=model.dtype).requires_grad_()
+    for layer, (key, value) in enumerate(leaf):
+        cache.update(key, value, layer)
+    return cache, leaf
+
+
+def skip_without_cache(model):
+    if not {"past_key_values", "cache"} & {*signature(model.forward).parameters}:
+        with pytest.raises(ValueError, match=r"past_key_values: got a cache; LSG.*, reads none"):
+            model(ids_of(model, 2, 8), past_key_values=cache_of(model, 3)[0])
+        pytest.skip("the stock model has no caches")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_cache_in_front_of_a_short_text_is_as_in_the_stock_model(load, golden, family, kernel):
+    options = {"attn_implementation": kernel, "dtype": torch.float64}
+    model = load(num_global_tokens=0, **options)
+    skip_without_cache(model)
+    stock = stock_class(family.base_class).from_pretrained(golden.source, **options).eval()
+    ids = ids_of(model, 2, 8)
+    mask = torch.ones(2, 3 + 8)
+    mask[0, 1] = mask[0, -2:] = 0
+    for given in (mask, None):
+        results = []
+        for each in (stock, model):
+            cache, leaf = cache_of(each, 3)
+            outputs = each(ids, given, past_key_values=cache, output_attentions=kernel == "eager")
+            (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
+            hidden = outputs.last_hidden_state[mask[:, 3:].bool()]
+            results.append([hidden, leaf.grad, *(outputs.attentions or ())])
+        hidden_from = 0 if given is None else leaf[:, :, 0, :, 1, 0].numel()
+        assert leaf.grad.any(-1).sum() == leaf[..., 0].numel() - hidden_from
+        for expected, actual in zip(*results, strict=True):
+            close(actual, expected, atol=1e-10)
+    with pytest.raises(ValueError, match=f"text of {LIMIT} tokens; this checkpoint has positions for {LIMIT - 3};"):
+        model(ids_of(model, 2, LIMIT), past_key_values=cache_of(model, 3)[0])
+
+
+def test_a_cache_in_front_of_a_long_text(load):
+    """All tokens see it. Kernels agree, and so do a prefix that is hidden and none."""
+    results = []
+    for kernel in KERNELS:
+        model = load(attn_implementation=kernel, dtype=torch.float64, num_global_tokens=2, pool_with_global=False)
+        skip_without_cache(model)
+        ids, mask = ids_of(model, 2, 30), torch.ones(2, 3 + 30)
+        mask[0, -9:] = 0
+        cache, leaf = cache_of(model, 3)
+        outputs = model(ids, mask, past_key_values=cache, output_attentions=kernel == "eager")
+        (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
+        results.append((outputs.last_hidden_state[mask[:, 3:].bool()], leaf.grad))
+        (plain,) = [p.grad for n, p in model.named_parameters() if "global_embeddings" in n]
+        assert plain[:2].ne(0).any(dim=1).all()
+        if kernel == "eager":
+            heads = model.config.num_attention_heads
+            assert {a.shape for a in outputs.attentions} == {(2, heads, 30, 3 + 2 + 3 * 4 + 2 * 4)}
+            assert {a.shape for a in outputs.global_attentions} == {(2, heads, 2, 3 + 2 + 30)}
+            for probabilities in (*outputs.attentions, *outputs.global_attentions):
+                assert (probabilities[..., :3] > 0).all()
+        positions = torch.arange(30)[None] + model.special_positions(model.config)
+        hidden = mask.clone()
+        hidden[:, :3] = 0
+        close(
+            states(model, ids, hidden, past_key_values=cache_of(model, 3)[0], position_ids=positions)[1],
+            states(model, ids, mask[:, 3:], position_ids=positions)[1],
+            atol=1e-10,
+        )
+    for one, other in zip(*results, strict=True):
+        close(one, other, atol=1e-10)
+
+
     as_tuple = model(ids, output_hidden_states=True, return_dict=False)
     assert isinstance(as_tuple, tuple)
     for hidden_states in (outputs.hidden_states, as_tuple[-1]):
@@ -297,7 +374,7 @@ def test_pooling_with_the_global_token(load):
 def test_attentions(load):
     model = load(attn_implementation="eager", num_global_tokens=3)
     config, width = model.config, 3 + 3 * 4 + 2 * 4
-    for tokens, keys in ((6, 6), (30, width)):
+    for tokens, keys in ((6, 6), (20, width), (30, width)):  # with 20 a window has as many keys as the text
         outputs = model(ids_of(model, 2, tokens), output_attentions=True)
         shape = (2, config.num_attention_heads, tokens, keys)
         assert [a.shape for a in outputs.attentions] == [shape] * config.num_hidden_layers

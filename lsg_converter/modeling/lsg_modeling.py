@@ -15,7 +15,15 @@ from transformers.utils import logging
 
 from .lsg_attention import ATTN_IMPLEMENTATIONS
 from .lsg_classes import LSGAttentionSupport, define_modules, stock_class
-from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention, passes_global_tokens
+from .lsg_layout import LSGLayout
+from .lsg_modules import (
+    CACHE_NAMES,
+    LSGEmbeddings,
+    LSGEncoder,
+    LSGSelfAttention,
+    given_cache,
+    passes_global_tokens,
+)
 from .lsg_packing import find_seqlens, unpack_rows
 
 
@@ -34,20 +42,29 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     global tokens to the decoder). With "eager", `attentions` holds what the text attends to: (batch, heads, t, t) for a
     text of at most two blocks, else (batch, heads, t, keys), with the keys in the order that `lsg_attention` states;
     `global_attentions` holds (batch, heads, g, g + t).
+
+    A cache may hold keys and values of `p` tokens in front of the text, as in prefix tuning: all tokens see them. Then
+    `attention_mask` may be (batch, p + t), and probabilities have `p` keys more, in front.
     """
     names = argument_names(stock_forward)
 
     @wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given_cache(kwargs) is not None and not {*CACHE_NAMES} & {*names}:
+            name = type(self).__name__
+            raise ValueError(f"past_key_values: got a cache; {name}, as its stock model, reads none; leave it out")
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         seqlens, length = None, 0
         if tokens is not None:
             self.check_input(tokens, kwargs)
+            prefix = self.cut_prefix(kwargs, tokens)
             mask = kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
             seqlens, length = find_seqlens(mask, self.config.kernel), mask.shape[-1]
+            if prefix is not None:
+                seqlens, kwargs["attention_mask"] = None, torch.cat([prefix, mask], dim=-1)
             if seqlens is not None:
                 kwargs["seqlens"] = seqlens
             self.insert_global_tokens(kwargs)
@@ -110,7 +127,8 @@ class LSGReader(LSGAttentionSupport):
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
-        config, length = self.config, tokens.shape[1]  # type: ignore[attr-defined]
+        config, (rows, length) = self.config, tokens.shape[:2]  # type: ignore[attr-defined]
+        cache = given_cache(arguments)
         limit = config.max_position_embeddings - self.counted_positions(config)
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
@@ -126,6 +144,9 @@ class LSGReader(LSGAttentionSupport):
             )
         if config._attn_implementation not in ATTN_IMPLEMENTATIONS:
             allowed = " and ".join(map(repr, ATTN_IMPLEMENTATIONS))
+        limit -= 0 if cache is None else cache.get_seq_length()
+        if rows == 0:
+            raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
             raise ValueError(f"attn_implementation: got {config._attn_implementation!r}; LSG has {allowed}")
         wanted = arguments.get("output_attentions")
         if (config.output_attentions if wanted is None else wanted) and config._attn_implementation != "eager":
@@ -168,15 +189,30 @@ class LSGReader(LSGAttentionSupport):
             first = 0 if passes_global_tokens(config) else g
             inner = [None if states is None else unpack(states)[:, first:] for states in inner]
             outputs["hidden_states"] = (*inner, last)
-        split_attentions(outputs, g)
+        split_attentions(outputs, config.layout)
+
+    def cut_prefix(self, arguments: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a cache's tokens, (batch, 1, 1, p), cut off `attention_mask`; None where there is no cache."""
+        cache, mask = given_cache(arguments), arguments.get("attention_mask")
+        if cache is None:
+            return None
+        rows, length = tokens.shape[:2]
+        p = cache.get_seq_length()
+        if mask is None or mask.shape != (rows, p + length):
+            return torch.ones(rows, 1, 1, p, dtype=torch.bool, device=tokens.device)
+        arguments["attention_mask"] = mask[:, p:]
+        return mask[:, None, None, :p].to(device=tokens.device, dtype=torch.bool)
 
 
-def split_attentions(outputs: Any, g: int) -> None:
+def split_attentions(outputs: Any, layout: LSGLayout) -> None:
     """Split the captured probabilities into those of the text and those of the global tokens."""
     if outputs.get("attentions"):
         text, to_all = zip(*outputs["attentions"], strict=True)
-        full = text[0].shape[-1] == to_all[0].shape[-1]
-        outputs["attentions"] = tuple(probabilities[..., g:] for probabilities in text) if full else text
+        tokens, keys = text[0].shape[-2:]
+        if layout.is_short(tokens):
+            prefix = keys - layout.num_global_tokens - tokens
+            text = tuple(torch.cat([x[..., :prefix], x[..., keys - tokens :]], dim=-1) for x in text)
+        outputs["attentions"] = text
         outputs["global_attentions"] = to_all
 
 

@@ -1,13 +1,18 @@
 """What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .lsg_attention import lsg_attention
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_packing import pack_rows, unpack_rows
+
+
+CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
 
 
 class LSGEmbeddings:
@@ -49,11 +54,9 @@ class LSGPositions:
         return self.weight[first : first + length]
 
 
-class LSGComputedPositions(LSGPositions):
-    """The same for positions that are not trained."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().forward(*args, **kwargs).detach()
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among the arguments of a forward, by either name that Transformers has; or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 class LSGSelfAttention:
@@ -73,22 +76,32 @@ class LSGSelfAttention:
         **kwargs: Any,
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
-        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
+        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens). The `p` tokens of a cache
+        stand in front in the mask, (batch, 1, 1, p + g + t)."""
         query, key, value = (
             getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
             for name in self.projections
         )
+        options, cache, prefix = self.config.attention_arguments, given_cache(kwargs), 0
+        if cache is not None:
+            # All see its tokens: they are global ones, but for their own outputs, which nobody asks for.
+            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+            prefix = key.shape[2] - query.shape[2]
+            query = F.pad(query, (0, 0, prefix, 0))
+            options["num_global_tokens"] += prefix
         dropout = getattr(self, self.dropout_name)
         output, probabilities = lsg_attention(
             query,
             key,
             value,
             attention_mask[:, 0, 0],
-            **self.config.attention_arguments,
+            **options,
             dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
             seqlens=seqlens,
         )
-        return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
+        if probabilities is not None:
+            probabilities = probabilities[0], probabilities[1][:, :, prefix:]
+        return self.finish(output[:, :, prefix:].transpose(1, 2).flatten(2), hidden_states), probabilities
 
     def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """What a family's attention module does with its heads' outputs and its input, (batch, g + t, width) each."""

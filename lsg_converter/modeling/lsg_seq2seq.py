@@ -13,7 +13,7 @@ from .lsg_classes import LSGWrapper, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_modeling import LSGReader, argument_names
 from .lsg_modules import (
-    LSGComputedPositions,
+    CACHE_NAMES,
     LSGPositions,
     LSGSeq2SeqAttention,
     global_tokens,
@@ -31,7 +31,7 @@ class LSGSeq2SeqEncoder(LSGReader):
 
     lsg_modules = {
         "LearnedPositionalEmbedding": LSGPositions,
-        "SinusoidalPositionalEmbedding": LSGComputedPositions,
+        "SinusoidalPositionalEmbedding": LSGPositions,
         "Attention": LSGSeq2SeqAttention,
     }
     scales_outside: ClassVar[bool] = False
@@ -77,6 +77,14 @@ class LSGSeq2SeqModel(LSGWrapper):
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGSeq2SeqModel):
             cls.forward = with_lsg_encoder(stock.forward)  # type: ignore[attr-defined]
 
+    def train(self, mode: bool = True) -> Any:
+        """As in torch. Loading makes computed positions trainable, and ends in `eval`; here they are frozen again."""
+        super().train(mode)  # type: ignore[misc]
+        if self.sinusoidal_positions:
+            for part in (self.encoder, self.decoder):  # type: ignore[attr-defined]
+                part.embed_positions.requires_grad_(False)
+        return self
+
     @classmethod
     def special_positions(cls, config: Any) -> int:
         """As `LSGReader.special_positions`."""
@@ -97,7 +105,8 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
         if kwargs.get("encoder_outputs") is None:
-            others = {name: value for name, value in kwargs.items() if name not in (*names, "return_dict")}
+            for_both = (*names, *CACHE_NAMES, "return_dict")
+            others = {name: value for name, value in kwargs.items() if name not in for_both}
             kwargs["encoder_outputs"] = self.encoder(
                 input_ids=kwargs.get("input_ids"),
                 attention_mask=mask,
