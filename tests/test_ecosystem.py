@@ -6,10 +6,28 @@ import pickle
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from conftest import GOLDEN, run_command
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from sentence_transformers import SentenceTransformer
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,6 +40,7 @@ from lsg_converter import families
 
 
 SEQ2SEQ = ("bart", "mbart", "pegasus")
+SMALL = {"block_size": 4, "sparse_block_size": 4}
 TEXT = "word " * 600  # more than 512 tokens of every recorded tokenizer
 
 
@@ -44,6 +63,13 @@ def test_pipelines(converted, golden):
     assert run("token-classification")[-1]["end"] > len(TEXT) - 10
     guesses = run("fill-mask", f"{TEXT} {tokenizer.mask_token}", top_k=3)
     assert len(guesses) == 3 and guesses[0]["score"] >= guesses[1]["score"] > 0
+
+
+@pytest.fixture(scope="module")
+def lsg_bert(tmp_path_factory):
+    target = tmp_path_factory.mktemp("bert") / "lsg-bert"
+    assert run_command(GOLDEN / "bert" / "source", target, "--quiet", "--no_verify") == 0
+    return target
 
 
 def states(model):
@@ -80,32 +106,6 @@ with torch.no_grad():
     assert result.returncode == 0, result.stderr
 
 
-def test_device_map(converted, tmp_path):
-    """What does not fit into memory lies on disk."""
-    config = json.loads((converted / "config.json").read_text())
-    names = [name for name, target in config["auto_map"].items() if target.endswith(f".{config['architectures'][0]}")]
-    auto_class = families.auto_class(names[0])
-    model = auto_class.from_pretrained(converted, trust_remote_code=True).eval()
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    for arguments in ({"device_map": "cpu"}, {"device_map": "auto", "max_memory": {"cpu": size * 2 // 3}}):
-        mapped = auto_class.from_pretrained(converted, trust_remote_code=True, offload_folder=tmp_path, **arguments)
-        assert ("disk" in getattr(mapped, "hf_device_map", {}).values()) is ("max_memory" in arguments)
-        assert torch.equal(states(mapped.eval()), states(model))
-
-
-class LateEvidence(torch.utils.data.Dataset):
-    """Texts of 640 tokens whose class shows at tokens 520 to 630 alone, by one of two `words`."""
-
-    def __init__(self, vocabulary, words):
-        self.vocabulary, self.words = vocabulary, words
-
-    def __len__(self):
-        return 48
-
-    def __getitem__(self, index):
-        ids = torch.randint(20, self.vocabulary, (640,), generator=torch.Generator().manual_seed(index))
-        ids[520:630] = self.words[index % 2]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": index % 2}
 @pytest.mark.newest
 def test_worker_processes_of_sentence_transformers(lsg_bert):
     """They are spawned, and get the model as a pickle."""
@@ -211,6 +211,81 @@ def test_two_devices(converted, golden, monkeypatch):
     assert seen
 
 
+def test_device_map(converted, tmp_path):
+    """What does not fit into memory lies on disk."""
+    config = json.loads((converted / "config.json").read_text())
+    names = [name for name, target in config["auto_map"].items() if target.endswith(f".{config['architectures'][0]}")]
+    auto_class = families.auto_class(names[0])
+    model = auto_class.from_pretrained(converted, trust_remote_code=True).eval()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with_disk = {"device_map": "auto", "max_memory": {"cpu": size * 2 // 3}}
+    if any("Embeddings" in name for name in model._no_split_modules):
+        # Transformers infers no map, as little as of the stock model: most of it are embeddings, which stay whole.
+        base, prefix = model.base_model, model.base_model_prefix
+        places = {f"{prefix}.{name}": "disk" if name == "encoder" else "cpu" for name, _ in base.named_children()}
+        heads = {name: "cpu" for name, _ in model.named_children() if name != prefix}
+        with_disk = {"device_map": {**places, **heads}}
+    for arguments in ({"device_map": "cpu"}, with_disk):
+        mapped = auto_class.from_pretrained(converted, trust_remote_code=True, offload_folder=tmp_path, **arguments)
+        assert ("disk" in getattr(mapped, "hf_device_map", {}).values()) is (arguments is with_disk)
+        assert torch.equal(states(mapped.eval()), states(model))
+
+
+ADAPTERS = {
+    "prefix tuning": (PrefixTuningConfig, {"num_virtual_tokens": 3}),
+    "prompt tuning": (PromptTuningConfig, {"num_virtual_tokens": 3}),
+    "p-tuning": (PromptEncoderConfig, {"num_virtual_tokens": 3, "encoder_hidden_size": 16}),
+    "IA3": (IA3Config, {}),
+    "DoRA": (LoraConfig, {"use_dora": True}),
+    "VeRA": (VeraConfig, {"r": 4}),
+    "AdaLoRA": (AdaLoraConfig, {"total_step": 10}),
+}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters(lsg_bert, name, masked, tmp_path):
+    def base():
+        torch.manual_seed(0)  # of the head
+        return AutoModelForSequenceClassification.from_pretrained(lsg_bert, trust_remote_code=True, **SMALL)
+
+    config_class, options = ADAPTERS[name]
+    model = get_peft_model(base(), config_class(task_type="SEQ_CLS", **options)).eval()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    ids = torch.arange(5, 35)[None].repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    inputs = {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][0, -5:] = 0
+    first = model(**inputs).loss
+    for _ in range(2):  # What begins as zero lets no gradient through in the first step.
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in trained.values())
+    logits = model(**inputs).logits
+    assert not torch.allclose(model(**inputs).loss, first, rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    del inputs["labels"]  # In a loss AdaLoRA looks for what is trained.
+    torch.testing.assert_close(again(**inputs).logits, logits, rtol=0, atol=1e-6)
+
+
+class LateEvidence(torch.utils.data.Dataset):
+    """Texts of 640 tokens whose class shows at tokens 520 to 630 alone, by one of two `words`."""
+
+    def __init__(self, vocabulary, words):
+        self.vocabulary, self.words = vocabulary, words
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        ids = torch.randint(20, self.vocabulary, (640,), generator=torch.Generator().manual_seed(index))
+        ids[520:630] = self.words[index % 2]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": index % 2}
 
 
 def everything(model):

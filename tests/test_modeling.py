@@ -84,6 +84,32 @@ def test_a_length_that_does_not_fit_is_an_error(load, tokens):
         model(inputs_embeds=embeds)
 
 
+def test_a_batch_of_no_texts_is_an_error(load):
+    model = load()
+    with pytest.raises(ValueError, match="input_ids: got a batch of 0 texts; at least 1 is needed"):
+        model(ids_of(model, 0, 30))
+
+
+def test_resized_tables(load, converted, family):
+    """New words can be read, and texts as long as a new table of positions where the stock model has such a method."""
+    model = AutoModel.from_pretrained(converted, trust_remote_code=True, **SMALL).eval()
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    assert states(reader(model), ids_of(model, 2, 30) * 0 + model.config.vocab_size - 1).isfinite().all()
+    if stock_class(family.base_class).resize_position_embeddings is PreTrainedModel.resize_position_embeddings:
+        with pytest.raises(NotImplementedError, match="`resize_position_embeddings` is not implemented for"):
+            model.resize_position_embeddings(LIMIT + 200)
+        return
+    ids = ids_of(model, 1, 30)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    before = states(model, ids, **more)
+    for tokens in (LIMIT + 200, 30):
+        model.resize_position_embeddings(tokens)
+        assert torch.equal(states(model, ids, **more), before)
+        assert states(model, ids_of(model, 1, tokens), **more).isfinite().all()
+        with pytest.raises(ValueError, match=f"got a text of {tokens + 1} tokens; this checkpoint has positions for"):
+            model(ids_of(model, 1, tokens + 1), **more)
+
+
 def test_without_adaptive_a_length_must_be_whole_blocks(load):
     model, adaptive = load(adaptive=False), load()
     for tokens in (1, 7, 8, 12, 16):
@@ -247,32 +273,6 @@ def test_arguments_by_position_and_the_stock_signature(load):
     assert torch.equal(model(ids, mask)[0], model(input_ids=ids, attention_mask=mask)[0])
 
 
-# Short texts are those of the plain model
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_short_texts_without_globals_equal_the_stock_model(load, golden, family, kernel):
-    options = {"attn_implementation": kernel, "dtype": torch.float64}
-    model = load(num_global_tokens=0, **options)
-    stock = stock_class(family.base_class).from_pretrained(golden.source, **options)
-    stock = reader(stock.eval())
-    for tokens in (1, 5, 8):
-        ids = ids_of(model, 2, tokens)
-        mask = torch.ones_like(ids)
-        mask[0, (tokens + 1) // 2 :] = 0
-        expected, actual = (m(ids, mask, output_hidden_states=True) for m in (stock, model))
-        for a, b in zip(actual.hidden_states, expected.hidden_states, strict=True):
-            close(a[mask.bool()], b[mask.bool()], atol=1e-10)
-
-
-# Outputs
-
-
-@pytest.mark.parametrize("tokens", [6, 30])
-def test_hidden_states_have_the_positions_of_the_text(load, tokens):
-    model = load(num_global_tokens=3, pool_with_global=False)
-    ids = ids_of(model, 2, tokens)
-    outputs = model(ids, output_hidden_states=True)
 # A cache in front of the text, as prefix tuning gives it
 
 
@@ -351,6 +351,32 @@ def test_a_cache_in_front_of_a_long_text(load):
         close(one, other, atol=1e-10)
 
 
+# Short texts are those of the plain model
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_short_texts_without_globals_equal_the_stock_model(load, golden, family, kernel):
+    options = {"attn_implementation": kernel, "dtype": torch.float64}
+    model = load(num_global_tokens=0, **options)
+    stock = stock_class(family.base_class).from_pretrained(golden.source, **options)
+    stock = reader(stock.eval())
+    for tokens in (1, 5, 8):
+        ids = ids_of(model, 2, tokens)
+        mask = torch.ones_like(ids)
+        mask[0, (tokens + 1) // 2 :] = 0
+        expected, actual = (m(ids, mask, output_hidden_states=True) for m in (stock, model))
+        for a, b in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            close(a[mask.bool()], b[mask.bool()], atol=1e-10)
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("tokens", [6, 30])
+def test_hidden_states_have_the_positions_of_the_text(load, tokens):
+    model = load(num_global_tokens=3, pool_with_global=False)
+    ids = ids_of(model, 2, tokens)
+    outputs = model(ids, output_hidden_states=True)
     as_tuple = model(ids, output_hidden_states=True, return_dict=False)
     assert isinstance(as_tuple, tuple)
     for hidden_states in (outputs.hidden_states, as_tuple[-1]):

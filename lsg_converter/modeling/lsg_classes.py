@@ -30,6 +30,7 @@ class LSGWrapper(LSGAttentionSupport):
 
     lsg_part_class: ClassVar[Any]
     config_class: Any
+    _no_split_modules: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
@@ -44,6 +45,7 @@ class LSGWrapper(LSGAttentionSupport):
                     pools = part.pooler is not None or type(self).__name__.endswith("ForMultipleChoice")
                     options["add_pooling_layer"] = pools
                 setattr(self, name, self.lsg_part_class(config, **options))
+        del self._no_split_modules  # It names modules of the stock part; those of ours are gathered in its place.
         self.post_init()  # type: ignore[attr-defined]
 
 

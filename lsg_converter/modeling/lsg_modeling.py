@@ -88,6 +88,7 @@ class LSGReader(LSGAttentionSupport):
 
     config_class: Any
     lsg_modules: ClassVar[Mapping[str, type]]
+    _no_split_modules: Any
     position_offset: ClassVar[int] = 0
     positions_follow_padding: ClassVar[bool] = False
     replacements: ClassVar[Mapping[type, type]]
@@ -98,22 +99,35 @@ class LSGReader(LSGAttentionSupport):
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGReader):
             cls.forward = with_global_tokens(stock.forward)  # type: ignore[attr-defined]
             cls.replacements = define_modules(cls)
+            names = {module.__name__: replacement.__name__ for module, replacement in cls.replacements.items()}
+            cls._no_split_modules = [names.get(name, name) for name in stock._no_split_modules or ()]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        # In place: the modules keep their weights, and what the stock constructor set on them.
+        self.replace_modules()
+        self.add_global_embeddings(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def replace_modules(self) -> None:
+        """Make LSG modules of the stock ones in place: they keep their weights, and what is set on them."""
         for module in list(self.modules()):  # type: ignore[attr-defined]
             replacement = self.replacements.get(type(module))
             if replacement is not None:
                 module.__class__ = replacement
-                module.config = config
+                module.config = self.config  # type: ignore[attr-defined]
                 if isinstance(module, LSGEmbeddings):
-                    module.add_global_embeddings(config)
-        self.add_global_embeddings(config)
-        self.post_init()  # type: ignore[attr-defined]
+                    module.add_global_embeddings(self.config)  # type: ignore[attr-defined]
 
     def add_global_embeddings(self, config: Any) -> None:
         """Add the table of the global tokens, where no module of the model holds it."""
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """As in Transformers."""
+        super().resize_position_embeddings(new_num_position_embeddings)  # type: ignore[misc]
+        self.replace_modules()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if hasattr(module, "position_ids"):  # which DistilBERT's stock method leaves at its old length
+                module.position_ids = torch.arange(new_num_position_embeddings, device=module.position_ids.device)[None]
 
     @classmethod
     def special_positions(cls, config: Any) -> int:
@@ -130,6 +144,9 @@ class LSGReader(LSGAttentionSupport):
         config, (rows, length) = self.config, tokens.shape[:2]  # type: ignore[attr-defined]
         cache = given_cache(arguments)
         limit = config.max_position_embeddings - self.counted_positions(config)
+        limit -= 0 if cache is None else cache.get_seq_length()
+        if rows == 0:
+            raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
         if length > limit and arguments.get("position_ids") is None:
@@ -144,9 +161,6 @@ class LSGReader(LSGAttentionSupport):
             )
         if config._attn_implementation not in ATTN_IMPLEMENTATIONS:
             allowed = " and ".join(map(repr, ATTN_IMPLEMENTATIONS))
-        limit -= 0 if cache is None else cache.get_seq_length()
-        if rows == 0:
-            raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
             raise ValueError(f"attn_implementation: got {config._attn_implementation!r}; LSG has {allowed}")
         wanted = arguments.get("output_attentions")
         if (config.output_attentions if wanted is None else wanted) and config._attn_implementation != "eager":
@@ -174,6 +188,18 @@ class LSGReader(LSGAttentionSupport):
         mask = torch.cat([mask.new_ones(shape[0], config.num_global_tokens), mask], dim=1)
         return mask[:, None, None]
 
+    def cut_prefix(self, arguments: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a cache's tokens, (batch, 1, 1, p), cut off `attention_mask`; None where there is no cache."""
+        cache, mask = given_cache(arguments), arguments.get("attention_mask")
+        if cache is None:
+            return None
+        rows, length = tokens.shape[:2]
+        p = cache.get_seq_length()
+        if mask is None or mask.shape != (rows, p + length):
+            return torch.ones(rows, 1, 1, p, dtype=torch.bool, device=tokens.device)
+        arguments["attention_mask"] = mask[:, p:]
+        return mask[:, None, None, :p].to(device=tokens.device, dtype=torch.bool)
+
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings module does not."""
 
@@ -190,18 +216,6 @@ class LSGReader(LSGAttentionSupport):
             inner = [None if states is None else unpack(states)[:, first:] for states in inner]
             outputs["hidden_states"] = (*inner, last)
         split_attentions(outputs, config.layout)
-
-    def cut_prefix(self, arguments: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
-        """The mask of a cache's tokens, (batch, 1, 1, p), cut off `attention_mask`; None where there is no cache."""
-        cache, mask = given_cache(arguments), arguments.get("attention_mask")
-        if cache is None:
-            return None
-        rows, length = tokens.shape[:2]
-        p = cache.get_seq_length()
-        if mask is None or mask.shape != (rows, p + length):
-            return torch.ones(rows, 1, 1, p, dtype=torch.bool, device=tokens.device)
-        arguments["attention_mask"] = mask[:, p:]
-        return mask[:, None, None, :p].to(device=tokens.device, dtype=torch.bool)
 
 
 def split_attentions(outputs: Any, layout: LSGLayout) -> None:

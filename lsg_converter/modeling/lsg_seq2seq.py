@@ -45,8 +45,8 @@ class LSGSeq2SeqEncoder(LSGReader):
             text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
-        tokens = global_tokens(self, text).to(text.dtype)
-        text = text + self.embed_positions(length=text.shape[1])  # type: ignore[attr-defined]
+        tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
+        text = text + self.embed_positions(length=text.shape[1]).to(text.device)  # type: ignore[attr-defined]
         states, mask = torch.cat([tokens, text], dim=1), arguments["attention_mask"]
         if arguments.get("seqlens") is not None:
             states, mask = pack_rows(states, mask, arguments["seqlens"])
@@ -97,7 +97,8 @@ class LSGSeq2SeqModel(LSGWrapper):
 
 
 def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on."""
+    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on, and
+    return the encoder's `global_attentions` as `encoder_global_attentions`."""
     names = argument_names(stock_forward)
 
     @wraps(stock_forward)
@@ -117,6 +118,10 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if mask is not None:
             passed = kwargs["encoder_outputs"][0].shape[1] - mask.shape[-1]
             kwargs["attention_mask"] = F.pad(mask, (passed, 0), value=1)
-        return stock_forward(self, **kwargs)
+        outputs = stock_forward(self, **kwargs)
+        probabilities = getattr(kwargs["encoder_outputs"], "global_attentions", None)
+        if probabilities is not None and isinstance(outputs, dict):
+            outputs["encoder_global_attentions"] = probabilities
+        return outputs
 
     return forward
