@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .options import ConversionOptions
 from .verify import Check, HeadRun
+from .version import package_version
 
 
 FILE_NAME = "lsg_conversion.json"
@@ -32,6 +32,7 @@ class ConversionReport:
         is_sentence_model: whether sentence-transformers can load it.
         new_weights, dropped_weights: names of weights that a change of head made or left out.
         warnings: what a user should know.
+        advice: options that may suit the source better.
         checks: what was verified, from disk.
         heads: what `run_test` ran.
         source_files, files: the SHA-256 of the source's weights and configuration, and of what was written.
@@ -53,6 +54,7 @@ class ConversionReport:
     new_weights: list[str] = field(default_factory=list)
     dropped_weights: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     heads: list[HeadRun] = field(default_factory=list)
     source_files: dict[str, str] = field(default_factory=dict)
@@ -73,14 +75,6 @@ class ConversionReport:
         """Write `lsg_conversion.json`. Without seconds: two equal conversions write equal bytes."""
         text = json.dumps(without_seconds(self.content()), indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def package_version(name: str) -> str:
-    """The version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"
 
 
 def without_seconds(value: Any) -> Any:

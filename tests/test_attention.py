@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lsg_converter.modeling import lsg_attention as module, lsg_cpu
+from lsg_converter.modeling.lsg_packing import pack_batch, promote
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
 
@@ -224,6 +225,36 @@ def test_rows_up_to_a_length_get_full_attention(kind, kernel):
             torch.testing.assert_close(leaf.grad[row : row + 1, :, :length], alone.grad, rtol=0, atol=1e-9)
     if kernel == "eager":
         assert probabilities[0].isnan().any(-1).any(-1).any(-1).tolist() == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("seqlens", [None, [31, 42]], ids=["rows", "packed"])
+def test_promoted_tokens_see_all_and_are_seen_by_all(seqlens):
+    """Against one softmax over all tokens under a mask; a token counts once, wherever it is seen from."""
+    g, block = 2, 4
+    options = arguments((block, 0, 2), "none", g)
+    lengths = seqlens or [42, 42]
+    batch, most = len(lengths), max(lengths)
+    q, k, v = torch.randn(3, batch, HEADS, most, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+    mask = torch.arange(most) < torch.tensor(lengths)[:, None]
+    mask[0, 9] = False
+    promoted = torch.zeros(batch, most - g, dtype=torch.bool)
+    promoted[0, [0, 7, 12, 13]] = promoted[1, 20] = True
+    packing = pack_batch(mask[:, None, None], None, g, "cpu" if seqlens else "eager")
+    promotion = promote(promoted, mask[:, None, None], packing, g)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    heads = [packing.pack(x) if packing else x for x in heads]
+    heads = [promotion.insert(x.transpose(1, 2)) for x in heads]
+    options |= {"num_global_tokens": g + promotion.copies, "kernel": "cpu" if seqlens else "eager"}
+    output, _ = lsg_attention(*heads, promotion.mask, **options, seqlens=promotion.seqlens)
+    output = promotion.remove(output).transpose(1, 2)
+    if packing:
+        output = packing.unpack(output.flatten(2)).unflatten(2, (HEADS, WIDTH))
+    place = torch.arange(most) - g
+    near = (place[:, None].div(block, rounding_mode="floor") - place.div(block, rounding_mode="floor")).abs() <= 1
+    everywhere = (place < 0) | torch.nn.functional.pad(promoted & mask[:, g:], (g, 0))
+    seen = (near | everywhere[:, :, None] | everywhere[:, None]) & mask[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+    torch.testing.assert_close(output[mask], expected[mask], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)

@@ -2,12 +2,14 @@
 
 import copy
 import importlib
+import inspect
 import json
 from inspect import signature
 from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
@@ -160,6 +162,89 @@ def test_left_padding_hides_what_it_covers(load):
     close(states(model, other, mask)[:, 13:], states(model, ids, mask)[:, 13:])
 
 
+@pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
+@pytest.mark.parametrize("kind", ["norm", "bos_pooling"])
+def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kind, kernel):
+    """Or where they are given: blocks count from the first token, and so do hidden states and probabilities."""
+    options = {"attn_implementation": "eager"} if kernel == "eager" else {"attention_kernel": kernel}
+    model = load(dtype=torch.float64, sparsity_type=kind, mask_first_token=True, **options)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not (model.positions_follow_padding or takes_positions):
+        pytest.skip("positions count from place 0")
+    ids, padding = ids_of(model, 2, 30), model.config.pad_token_id
+    outputs = []
+    for left in (0, 1, 6):
+        padded = torch.nn.functional.pad(ids, (left, 5), value=padding)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (left, 5))
+        mask[1, left + 20 :] = 0
+        more = {}
+        if not model.positions_follow_padding:
+            more["position_ids"] = (torch.arange(left + 35) - left).clamp(min=0).expand(2, -1)
+        padded[mask == 0] = padding
+        output = model(padded, mask, output_hidden_states=True, output_attentions=kernel == "eager", **more)
+        own = slice(left, left + 20)
+        taken = [output.last_hidden_state[:, own], *(state[:, own] for state in output.hidden_states)]
+        if kernel == "eager":
+            taken += [attention[:, :, own] for attention in output.attentions]
+            taken += [attention[..., 1 + left : 1 + left + 20] for attention in output.global_attentions]
+        outputs.append(taken)
+        assert torch.equal(output.last_hidden_state[0, 0], output.last_hidden_state[0, left])  # which heads read
+    for other in outputs[1:]:
+        for expected, actual in zip(outputs[0], other, strict=True):
+            close(actual, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
+def test_tokens_that_see_all(load, kernel):
+    """`global_attention_mask`, by row: one layer carries a token at the start to one far away, and back."""
+    options = {"attn_implementation": "eager"} if kernel == "eager" else {"attention_kernel": kernel}
+    model = load(dtype=torch.float64, num_global_tokens=0, pool_with_global=False, **options)
+    ids = ids_of(model, 3, 61)
+    mask = torch.ones_like(ids)
+    mask[1, 50:] = 0
+    chosen = torch.zeros_like(ids)
+    chosen[0, :3] = chosen[1, 2] = chosen[1, 55] = 1
+
+    def layer(ids, chosen):
+        return model(ids, mask, global_attention_mask=chosen, output_hidden_states=True).hidden_states[1]
+
+    def changed(place, chosen):
+        other = ids.clone()
+        other[:, place] = (ids[:, place] - 5 + 1) % 50 + 5
+        return (layer(other, chosen) != layer(ids, chosen)).any(-1)
+
+    assert not changed(2, torch.zeros_like(ids))[:, 40].any()
+    assert changed(2, chosen)[:, 40].tolist() == [True, True, False]
+    far = changed(45, chosen)
+    assert far[:, 2].tolist() == [True, True, False] and far[:, 0].tolist() == [True, False, False]
+    for row in range(3):  # alone as in the batch
+        length = int(mask[row].sum())
+        own = [x[row : row + 1, :length] for x in (ids, mask, chosen)]
+        alone = states(model, own[0], own[1], global_attention_mask=own[2])
+        close(states(model, ids, mask, global_attention_mask=chosen)[row : row + 1, :length], alone, atol=1e-10)
+
+
+def test_tokens_that_see_all_are_told_right(load):
+    model = load()
+    ids = ids_of(model, 1, 61)
+    with pytest.raises(ValueError, match=r"global_attention_mask: got shape \(1, 60\); it must be .* \(1, 61\)"):
+        model(ids, global_attention_mask=torch.ones(1, 60))
+    ids = ids_of(model, 1, 600)
+    with pytest.raises(ValueError, match=r"got 512 tokens in a row, beside 1 global tokens; allowed are 512"):
+        model(ids, global_attention_mask=(torch.arange(600) < 512)[None])
+    short = ids_of(model, 1, 8)  # full attention anyway
+    assert torch.equal(states(model, short, global_attention_mask=torch.ones(1, 8)), states(model, short))
+
+
+def test_an_unknown_argument_is_said_once(load, caplog):
+    model = load()
+    transformers.logging.get_logger().addHandler(caplog.handler)
+    for _ in range(2):
+        model(ids_of(model, 1, 30), global_atention_mask=1)
+    transformers.logging.get_logger().removeHandler(caplog.handler)
+    assert sum("global_atention_mask" in record.message for record in caplog.records) == 1
+
+
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_padding_to_whole_blocks_by_hand_equals_ours(load, kind):
     model = load(dtype=torch.float64, sparsity_type=kind)
@@ -191,7 +276,8 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
     (packed.last_hidden_state * weight * mask[:, :, None]).sum().backward()
     grads = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    assert max(seen) == sum(max(g + length, 1) for length in tokens)
+    left = 2 if model.positions_follow_padding else 0  # left out too, where blocks count from the first token
+    assert max(seen) == sum(max(g + length, 1) for length in tokens) - left
     for hook in hooks:
         hook.remove()
     for row, length in enumerate(tokens):
@@ -319,32 +405,38 @@ def test_a_cache_in_front_of_a_short_text_is_as_in_the_stock_model(load, golden,
         model(ids_of(model, 2, LIMIT), past_key_values=cache_of(model, 3)[0])
 
 
-def test_a_cache_in_front_of_a_long_text(load):
+@pytest.mark.parametrize("other", ["nothing", "padding on the left", "a promoted token"])
+def test_a_cache_in_front_of_a_long_text(load, other):
     """All tokens see it. Kernels agree, and so do a prefix that is hidden and none."""
-    results = []
+    results, more = [], {}
+    if other == "a promoted token":
+        more["global_attention_mask"] = (torch.arange(30) == 7).repeat(2, 1)
     for kernel in KERNELS:
         model = load(attn_implementation=kernel, dtype=torch.float64, num_global_tokens=2, pool_with_global=False)
         skip_without_cache(model)
         ids, mask = ids_of(model, 2, 30), torch.ones(2, 3 + 30)
         mask[0, -9:] = 0
+        if other == "padding on the left":
+            mask[1, 3:8] = 0
         cache, leaf = cache_of(model, 3)
-        outputs = model(ids, mask, past_key_values=cache, output_attentions=kernel == "eager")
+        outputs = model(ids, mask, past_key_values=cache, output_attentions=kernel == "eager", **more)
         (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
         results.append((outputs.last_hidden_state[mask[:, 3:].bool()], leaf.grad))
         (plain,) = [p.grad for n, p in model.named_parameters() if "global_embeddings" in n]
         assert plain[:2].ne(0).any(dim=1).all()
         if kernel == "eager":
             heads = model.config.num_attention_heads
-            assert {a.shape for a in outputs.attentions} == {(2, heads, 30, 3 + 2 + 3 * 4 + 2 * 4)}
-            assert {a.shape for a in outputs.global_attentions} == {(2, heads, 2, 3 + 2 + 30)}
-            for probabilities in (*outputs.attentions, *outputs.global_attentions):
-                assert (probabilities[..., :3] > 0).all()
-        positions = torch.arange(30)[None] + model.special_positions(model.config)
+            copies = len(more)
+            assert {a.shape for a in outputs.attentions} == {(2, heads, 30, 3 + 2 + copies + 3 * 4 + 2 * 4)}
+            assert {a.shape for a in outputs.global_attentions} == {(2, heads, 2 + copies, 3 + 2 + copies + 30)}
+            seen = torch.cat([a[:, :, -15:] for a in outputs.attentions], dim=2)[..., :3]
+            assert (seen > 0).all() and all((a[..., :3] > 0).all() for a in outputs.global_attentions)
+        real, positions = mask[1, 3:].bool(), torch.arange(30)[None] + model.special_positions(model.config)
         hidden = mask.clone()
         hidden[:, :3] = 0
         close(
-            states(model, ids, hidden, past_key_values=cache_of(model, 3)[0], position_ids=positions)[1],
-            states(model, ids, mask[:, 3:], position_ids=positions)[1],
+            states(model, ids, hidden, past_key_values=cache_of(model, 3)[0], position_ids=positions, **more)[1, real],
+            states(model, ids, mask[:, 3:], position_ids=positions, **more)[1, real],
             atol=1e-10,
         )
     for one, other in zip(*results, strict=True):
@@ -566,6 +658,40 @@ def test_a_field_that_is_not_allowed_is_an_error(converted, family, changes, mes
     config_class = type(AutoConfig.from_pretrained(converted, trust_remote_code=True))
     with pytest.raises(Exception, match=message):
         config_class(**{**content, **changes})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_global_tokens", 600, "num_global_tokens: got 600; allowed is 0 to 512"),
+        ("block_size", 5, "block_size: got 5; allowed is a multiple of sparsity_factor, 2"),
+        ("sparsity_type", "best", "sparsity_type: got 'best'"),
+        ("is_decoder", True, "is_decoder: got True; allowed is False"),
+    ],
+)
+def test_a_field_that_is_set_is_checked_too(load, family, converted, field, value, message):
+    """When a model is built of the configuration, and when a model that has it reads the next text."""
+    if field == "is_decoder" and family.config_class.may_be_decoder:
+        pytest.skip("Transformers sets it itself, for the decoder")
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+    setattr(config, field, value)
+    for auto_class in (AutoModel, families.auto_class(heads(family)[-1])):
+        with pytest.raises(Exception, match=message):
+            auto_class.from_pretrained(converted, trust_remote_code=True, config=config)
+    model = load()
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=message):
+        model(ids_of(model, 1, 30))
+
+
+def test_no_encoder_decoder_of_other_configurations(converted, golden):
+    """Which would be saved, and come back, as stock models."""
+    if golden.name != "bert":
+        pytest.skip("one family shows it")
+    encoder = AutoModel.from_pretrained(converted, trust_remote_code=True)
+    decoder = transformers.BertLMHeadModel.from_pretrained(golden.source, is_decoder=True, add_cross_attention=True)
+    with pytest.raises(ValueError, match="config: got a BertConfig; LSGBertModel needs its LSGBertConfig"):
+        transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
 
 
 def test_tied_weights_stay_tied(load, family):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .lsg_attention import lsg_attention
 from .lsg_config import MAX_GLOBAL_TOKENS
-from .lsg_packing import pack_rows, unpack_rows
+from .lsg_packing import Packing, Promotion
 
 
 CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
@@ -73,35 +73,38 @@ class LSGSelfAttention:
         attention_mask: torch.Tensor,
         *args: Any,
         seqlens: list[int] | None = None,
+        promotion: Promotion | None = None,
+        prefix_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
-        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens). The `p` tokens of a cache
-        stand in front in the mask, (batch, 1, 1, p + g + t)."""
+        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens).
+        `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to."""
         query, key, value = (
             getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
             for name in self.projections
         )
-        options, cache, prefix = self.config.attention_arguments, given_cache(kwargs), 0
-        if cache is not None:
-            # All see its tokens: they are global ones, but for their own outputs, which nobody asks for.
-            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
-            prefix = key.shape[2] - query.shape[2]
-            query = F.pad(query, (0, 0, prefix, 0))
-            options["num_global_tokens"] += prefix
+        arguments, mask = self.config.attention_arguments, attention_mask[:, 0, 0]
+        if promotion is not None:
+            query, key, value = (promotion.insert(x) for x in (query, key, value))
+            mask, seqlens = promotion.mask, promotion.seqlens
+            arguments["num_global_tokens"] += promotion.copies
+        prefix = 0
+        if prefix_mask is not None:
+            # All see the tokens of a cache: they are global ones, but for their own outputs, which nobody asks for.
+            key, value = given_cache(kwargs).update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+            prefix = prefix_mask.shape[1]
+            query, mask = F.pad(query, (0, 0, prefix, 0)), torch.cat([prefix_mask, mask], dim=1)
+            arguments["num_global_tokens"] += prefix
         dropout = getattr(self, self.dropout_name)
-        output, probabilities = lsg_attention(
-            query,
-            key,
-            value,
-            attention_mask[:, 0, 0],
-            **options,
-            dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
-            seqlens=seqlens,
-        )
+        dropout = getattr(dropout, "p", dropout) if self.training else 0.0
+        output, probabilities = lsg_attention(query, key, value, mask, **arguments, dropout=dropout, seqlens=seqlens)
+        output = output[:, :, prefix:]
         if probabilities is not None:
             probabilities = probabilities[0], probabilities[1][:, :, prefix:]
-        return self.finish(output[:, :, prefix:].transpose(1, 2).flatten(2), hidden_states), probabilities
+        if promotion is not None:
+            output = promotion.remove(output)
+        return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
 
     def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """What a family's attention module does with its heads' outputs and its input, (batch, g + t, width) each."""
@@ -117,12 +120,20 @@ class LSGSeq2SeqAttention(LSGSelfAttention):
         return self.out_proj(output)  # type: ignore[attr-defined]
 
 
-def strip_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
-    """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width)."""
+def strip_global_tokens(states: torch.Tensor, config: Any, first_token: torch.Tensor | None = None) -> torch.Tensor:
+    """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width).
+
+    With `pool_with_global` the state of the first token of the text, whose places are `first_token` where they are not
+    0, is that of the first global token. So is that at place 0, which heads read, also where there is padding.
+    """
     g = config.num_global_tokens
-    if config.pool_with_global and g > 0:
-        return torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
-    return states[:, g:]
+    if not config.pool_with_global or g == 0:
+        return states[:, g:]
+    text = torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
+    if first_token is None:
+        return text
+    places = torch.arange(text.shape[1], device=text.device)
+    return torch.where((places == first_token[:, None])[:, :, None], states[:, :1], text)
 
 
 def passes_global_tokens(config: Any) -> bool:
@@ -131,8 +142,8 @@ def passes_global_tokens(config: Any) -> bool:
 
 
 class LSGEncoder:
-    """Mixed into a family's stack of layers. The layers see rows end to end, where the kernel takes them; what leaves
-    the stack, for poolers and heads, has the positions of the text."""
+    """Mixed into a family's stack of layers. The layers see a packed batch; what leaves the stack, for poolers and
+    heads, has the positions of the text."""
 
     config: Any
 
@@ -141,14 +152,15 @@ class LSGEncoder:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
         *args: Any,
-        seqlens: list[int] | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> Any:
-        length = hidden_states.shape[1]
-        if seqlens is not None:
-            hidden_states, attention_mask = pack_rows(hidden_states, attention_mask, seqlens)
-            kwargs["seqlens"] = seqlens
-        outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        states = unpack_rows(outputs.last_hidden_state, seqlens, length)
-        outputs["last_hidden_state"] = strip_global_tokens(states, self.config)
+        if packing is None:
+            outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config)
+            return outputs
+        states, kwargs["seqlens"] = packing.pack(hidden_states), packing.seqlens
+        outputs = super().forward(states, packing.mask, *args, **kwargs)  # type: ignore[misc]
+        states = packing.unpack(outputs.last_hidden_state)
+        outputs["last_hidden_state"] = strip_global_tokens(states, self.config, packing.first_token)
         return outputs

@@ -20,7 +20,7 @@ from .lsg_modules import (
     passes_global_tokens,
     strip_global_tokens,
 )
-from .lsg_packing import pack_rows
+from .lsg_packing import Packing
 
 
 class LSGSeq2SeqEncoder(LSGReader):
@@ -47,20 +47,22 @@ class LSGSeq2SeqEncoder(LSGReader):
                 text = text * self.embed_scale  # type: ignore[attr-defined]
         tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
         text = text + self.embed_positions(length=text.shape[1]).to(text.device)  # type: ignore[attr-defined]
-        states, mask = torch.cat([tokens, text], dim=1), arguments["attention_mask"]
-        if arguments.get("seqlens") is not None:
-            states, mask = pack_rows(states, mask, arguments["seqlens"])
-        arguments["inputs_embeds"], arguments["attention_mask"] = states, mask
+        states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
+        if packing is not None:
+            states, arguments["attention_mask"] = packing.pack(states), packing.mask
+            arguments["seqlens"] = packing.seqlens
+        arguments["inputs_embeds"] = states
 
-    def strip_outputs(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        config = self.config  # type: ignore[attr-defined]
-        last = unpack(outputs.last_hidden_state)
+    def strip_outputs(self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None, prefix: int) -> None:
+        config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
+        if packing is not None:
+            last = packing.unpack(last)
         if not passes_global_tokens(config):
             last = strip_global_tokens(last, config)
         outputs["last_hidden_state"] = last
         if outputs.get("hidden_states"):
             outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
-        super().strip_outputs(outputs, unpack)
+        super().strip_outputs(outputs, packing, promoted, prefix)
 
 
 class LSGSeq2SeqModel(LSGWrapper):

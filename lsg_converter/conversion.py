@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
@@ -13,10 +13,22 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, hub, surgery, verify
 from .card import write_card
-from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, first_line, parse_literals
+from .options import (
+    MAX_SEQUENCE_LENGTH,
+    ConversionOptions,
+    OptionError,
+    SourceError,
+    check_type,
+    first_line,
+    parse_literals,
+)
 from .report import ConversionReport, hashes
 from .source import SOURCE_FAULTS, Source
 from .target import check_target, staged, write_companions, write_tokenizer, writing
+
+
+# In the names of classes whose head was trained on a task.
+TRAINED_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 
 def convert(options: ConversionOptions, announce: verify.Announce = lambda step: None) -> ConversionReport:
@@ -117,19 +129,35 @@ def plan(source: Source, config: Any) -> ConversionReport:
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
         warnings=list(source.warnings),
+        advice=advice(source, config),
     )
+
+
+def advice(source: Source, config: Any) -> list[str]:
+    """What suits a model that is likely used without training it again: one for sentences, or with a trained head."""
+    trained_head = source.has_own_head and any(part in source.lsg_class.__name__ for part in TRAINED_HEADS)
+    if source.options.exact or source.is_lsg or not (trained_head or (source.folder / "modules.json").is_file()):
+        return []
+    g, kept = config.num_global_tokens, source.positions
+    result = [f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"]
+    if g > 1:
+        result.append(f"{g} global tokens that nothing has trained change much of what it gives; take 1, or none")
+    return result
 
 
 def lsg_config(source: Source) -> Any:
     """The configuration of the converted model. Raises OptionError where a field is not allowed."""
     options, base_class = source.options, source.family.base_class
     kwargs = parse_literals(options.model_kwargs)
-    known = source.family.lsg_fields
-    for name in kwargs:
+    known, hints = source.family.lsg_fields, get_type_hints(source.family.config_class.__bases__[0])
+    for name, value in kwargs.items():
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
+        check_type(f"model_kwargs: {name}", value, hints[name])
+    if options.exact:
+        kwargs |= {"num_global_tokens": 0, "full_attention_length": source.positions}
     changes = {
         **kwargs,
         "max_position_embeddings": options.max_sequence_length + base_class.counted_positions(source.config),
