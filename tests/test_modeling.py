@@ -4,13 +4,14 @@ import copy
 import importlib
 import inspect
 import json
+from inspect import signature
 from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from lsg_converter import families
 from lsg_converter.families import stock_class
@@ -83,6 +84,32 @@ def test_a_length_that_does_not_fit_is_an_error(load, tokens):
     embeds = torch.zeros(1, tokens, model.get_input_embeddings().weight.shape[1])
     with pytest.raises(ValueError, match=rf"got a text of {tokens} tokens"):
         model(inputs_embeds=embeds)
+
+
+def test_a_batch_of_no_texts_is_an_error(load):
+    model = load()
+    with pytest.raises(ValueError, match="input_ids: got a batch of 0 texts; at least 1 is needed"):
+        model(ids_of(model, 0, 30))
+
+
+def test_resized_tables(load, converted, family):
+    """New words can be read, and texts as long as a new table of positions where the stock model has such a method."""
+    model = AutoModel.from_pretrained(converted, trust_remote_code=True, **SMALL).eval()
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    assert states(reader(model), ids_of(model, 2, 30) * 0 + model.config.vocab_size - 1).isfinite().all()
+    if stock_class(family.base_class).resize_position_embeddings is PreTrainedModel.resize_position_embeddings:
+        with pytest.raises(NotImplementedError, match="`resize_position_embeddings` is not implemented for"):
+            model.resize_position_embeddings(LIMIT + 200)
+        return
+    ids = ids_of(model, 1, 30)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    before = states(model, ids, **more)
+    for tokens in (LIMIT + 200, 30):
+        model.resize_position_embeddings(tokens)
+        assert torch.equal(states(model, ids, **more), before)
+        assert states(model, ids_of(model, 1, tokens), **more).isfinite().all()
+        with pytest.raises(ValueError, match=f"got a text of {tokens + 1} tokens; this checkpoint has positions for"):
+            model(ids_of(model, 1, tokens + 1), **more)
 
 
 def test_without_adaptive_a_length_must_be_whole_blocks(load):
@@ -325,13 +352,95 @@ def test_token_types_matter(load):
 
 
 def test_arguments_by_position_and_the_stock_signature(load):
-    from inspect import signature
-
     model = load()
     assert str(signature(model.forward)) == str(signature(stock_class(type(model)).forward.__get__(model)))
     ids, mask = ids_of(model, 1, 30), torch.ones(1, 30)
     mask[:, 20:] = 0
     assert torch.equal(model(ids, mask)[0], model(input_ids=ids, attention_mask=mask)[0])
+
+
+# A cache in front of the text, as prefix tuning gives it
+
+
+def cache_of(model, tokens):
+    """For two rows; and the states that it is made of, which want gradients."""
+    config, cache = model.config, DynamicCache()
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, 2, 2, heads, tokens, config.hidden_size // heads)
+    leaf = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=model.dtype).requires_grad_()
+    for layer, (key, value) in enumerate(leaf):
+        cache.update(key, value, layer)
+    return cache, leaf
+
+
+def skip_without_cache(model):
+    if not {"past_key_values", "cache"} & {*signature(model.forward).parameters}:
+        with pytest.raises(ValueError, match=r"past_key_values: got a cache; LSG.*, reads none"):
+            model(ids_of(model, 2, 8), past_key_values=cache_of(model, 3)[0])
+        pytest.skip("the stock model has no caches")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_cache_in_front_of_a_short_text_is_as_in_the_stock_model(load, golden, family, kernel):
+    options = {"attn_implementation": kernel, "dtype": torch.float64}
+    model = load(num_global_tokens=0, **options)
+    skip_without_cache(model)
+    stock = stock_class(family.base_class).from_pretrained(golden.source, **options).eval()
+    ids = ids_of(model, 2, 8)
+    mask = torch.ones(2, 3 + 8)
+    mask[0, 1] = mask[0, -2:] = 0
+    for given in (mask, None):
+        results = []
+        for each in (stock, model):
+            cache, leaf = cache_of(each, 3)
+            outputs = each(ids, given, past_key_values=cache, output_attentions=kernel == "eager")
+            (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
+            hidden = outputs.last_hidden_state[mask[:, 3:].bool()]
+            results.append([hidden, leaf.grad, *(outputs.attentions or ())])
+        hidden_from = 0 if given is None else leaf[:, :, 0, :, 1, 0].numel()
+        assert leaf.grad.any(-1).sum() == leaf[..., 0].numel() - hidden_from
+        for expected, actual in zip(*results, strict=True):
+            close(actual, expected, atol=1e-10)
+    with pytest.raises(ValueError, match=f"text of {LIMIT} tokens; this checkpoint has positions for {LIMIT - 3};"):
+        model(ids_of(model, 2, LIMIT), past_key_values=cache_of(model, 3)[0])
+
+
+@pytest.mark.parametrize("other", ["nothing", "padding on the left", "a promoted token"])
+def test_a_cache_in_front_of_a_long_text(load, other):
+    """All tokens see it. Kernels agree, and so do a prefix that is hidden and none."""
+    results, more = [], {}
+    if other == "a promoted token":
+        more["global_attention_mask"] = (torch.arange(30) == 7).repeat(2, 1)
+    for kernel in KERNELS:
+        model = load(attn_implementation=kernel, dtype=torch.float64, num_global_tokens=2, pool_with_global=False)
+        skip_without_cache(model)
+        ids, mask = ids_of(model, 2, 30), torch.ones(2, 3 + 30)
+        mask[0, -9:] = 0
+        if other == "padding on the left":
+            mask[1, 3:8] = 0
+        cache, leaf = cache_of(model, 3)
+        outputs = model(ids, mask, past_key_values=cache, output_attentions=kernel == "eager", **more)
+        (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
+        results.append((outputs.last_hidden_state[mask[:, 3:].bool()], leaf.grad))
+        (plain,) = [p.grad for n, p in model.named_parameters() if "global_embeddings" in n]
+        assert plain[:2].ne(0).any(dim=1).all()
+        if kernel == "eager":
+            heads = model.config.num_attention_heads
+            copies = len(more)
+            assert {a.shape for a in outputs.attentions} == {(2, heads, 30, 3 + 2 + copies + 3 * 4 + 2 * 4)}
+            assert {a.shape for a in outputs.global_attentions} == {(2, heads, 2 + copies, 3 + 2 + copies + 30)}
+            seen = torch.cat([a[:, :, -15:] for a in outputs.attentions], dim=2)[..., :3]
+            assert (seen > 0).all() and all((a[..., :3] > 0).all() for a in outputs.global_attentions)
+        real, positions = mask[1, 3:].bool(), torch.arange(30)[None] + model.special_positions(model.config)
+        hidden = mask.clone()
+        hidden[:, :3] = 0
+        close(
+            states(model, ids, hidden, past_key_values=cache_of(model, 3)[0], position_ids=positions, **more)[1, real],
+            states(model, ids, mask[:, 3:], position_ids=positions, **more)[1, real],
+            atol=1e-10,
+        )
+    for one, other in zip(*results, strict=True):
+        close(one, other, atol=1e-10)
 
 
 # Short texts are those of the plain model
@@ -383,7 +492,7 @@ def test_pooling_with_the_global_token(load):
 def test_attentions(load):
     model = load(attn_implementation="eager", num_global_tokens=3)
     config, width = model.config, 3 + 3 * 4 + 2 * 4
-    for tokens, keys in ((6, 6), (30, width)):
+    for tokens, keys in ((6, 6), (20, width), (30, width)):  # with 20 a window has as many keys as the text
         outputs = model(ids_of(model, 2, tokens), output_attentions=True)
         shape = (2, config.num_attention_heads, tokens, keys)
         assert [a.shape for a in outputs.attentions] == [shape] * config.num_hidden_layers

@@ -62,9 +62,13 @@ def test_the_decoder_sees_the_global_tokens_that_are_passed_on(load, passed):
 def test_attentions(load):
     model = load(attn_implementation="eager")
     inputs = batch(model, 30, 30)
-    outputs = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :5], output_attentions=True)
+    inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
+    outputs = model(**inputs, output_attentions=True)
     heads = model.config.encoder_attention_heads
     assert {a.shape for a in outputs.encoder_attentions} == {(2, heads, 30, 2 + 12 + 8)}
+    assert {a.shape for a in model.model(**inputs, output_attentions=True).encoder_global_attentions} == {
+        (2, heads, 2, 32)
+    }
     assert {a.shape for a in outputs.cross_attentions} == {(2, heads, 5, 32)}
     assert {a.shape for a in outputs.decoder_attentions} == {(2, heads, 5, 5)}
 

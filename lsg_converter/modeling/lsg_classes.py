@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.versions import require_version
+
+
+# Here, since every family imports this file before the others of ours.
+require_version("transformers>=5.10,<6")
 
 
 class LSGPreTrained:
@@ -18,6 +23,7 @@ class LSGPreTrained:
     """
 
     config_class: Any
+    _no_split_modules: Any
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -51,6 +57,7 @@ class LSGWrapper(LSGPreTrained):
                     pools = part.pooler is not None or type(self).__name__.endswith("ForMultipleChoice")
                     options["add_pooling_layer"] = pools
                 setattr(self, name, self.lsg_part_class(config, **options))
+        del self._no_split_modules  # It names modules of the stock part; those of ours are gathered in its place.
         self.post_init()  # type: ignore[attr-defined]
 
 

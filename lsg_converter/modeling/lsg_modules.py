@@ -1,13 +1,18 @@
 """What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .lsg_attention import lsg_attention
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_packing import Packing, Promotion
+
+
+CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
 
 
 class LSGEmbeddings:
@@ -49,11 +54,9 @@ class LSGPositions:
         return self.weight[first : first + length]
 
 
-class LSGComputedPositions(LSGPositions):
-    """The same for positions that are not trained."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().forward(*args, **kwargs).detach()
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among the arguments of a forward, by either name that Transformers has; or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 class LSGSelfAttention:
@@ -71,10 +74,12 @@ class LSGSelfAttention:
         *args: Any,
         seqlens: list[int] | None = None,
         promotion: Promotion | None = None,
+        prefix_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
-        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
+        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens).
+        `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to."""
         query, key, value = (
             getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
             for name in self.projections
@@ -84,9 +89,19 @@ class LSGSelfAttention:
             query, key, value = (promotion.insert(x) for x in (query, key, value))
             mask, seqlens = promotion.mask, promotion.seqlens
             arguments["num_global_tokens"] += promotion.copies
+        prefix = 0
+        if prefix_mask is not None:
+            # All see the tokens of a cache: they are global ones, but for their own outputs, which nobody asks for.
+            key, value = given_cache(kwargs).update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+            prefix = prefix_mask.shape[1]
+            query, mask = F.pad(query, (0, 0, prefix, 0)), torch.cat([prefix_mask, mask], dim=1)
+            arguments["num_global_tokens"] += prefix
         dropout = getattr(self, self.dropout_name)
         dropout = getattr(dropout, "p", dropout) if self.training else 0.0
         output, probabilities = lsg_attention(query, key, value, mask, **arguments, dropout=dropout, seqlens=seqlens)
+        output = output[:, :, prefix:]
+        if probabilities is not None:
+            probabilities = probabilities[0], probabilities[1][:, :, prefix:]
         if promotion is not None:
             output = promotion.remove(output)
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities

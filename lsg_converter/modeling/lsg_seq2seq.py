@@ -13,7 +13,7 @@ from .lsg_classes import LSGWrapper, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_modeling import LSGReader, argument_names
 from .lsg_modules import (
-    LSGComputedPositions,
+    CACHE_NAMES,
     LSGPositions,
     LSGSeq2SeqAttention,
     global_tokens,
@@ -31,7 +31,7 @@ class LSGSeq2SeqEncoder(LSGReader):
 
     lsg_modules = {
         "LearnedPositionalEmbedding": LSGPositions,
-        "SinusoidalPositionalEmbedding": LSGComputedPositions,
+        "SinusoidalPositionalEmbedding": LSGPositions,
         "Attention": LSGSeq2SeqAttention,
     }
     scales_outside: ClassVar[bool] = False
@@ -45,15 +45,15 @@ class LSGSeq2SeqEncoder(LSGReader):
             text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
-        tokens = global_tokens(self, text).to(text.dtype)
-        text = text + self.embed_positions(length=text.shape[1])  # type: ignore[attr-defined]
+        tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
+        text = text + self.embed_positions(length=text.shape[1]).to(text.device)  # type: ignore[attr-defined]
         states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
         if packing is not None:
             states, arguments["attention_mask"] = packing.pack(states), packing.mask
             arguments["seqlens"] = packing.seqlens
         arguments["inputs_embeds"] = states
 
-    def strip_outputs(self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None) -> None:
+    def strip_outputs(self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None, prefix: int) -> None:
         config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
         if packing is not None:
             last = packing.unpack(last)
@@ -62,7 +62,7 @@ class LSGSeq2SeqEncoder(LSGReader):
         outputs["last_hidden_state"] = last
         if outputs.get("hidden_states"):
             outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
-        super().strip_outputs(outputs, packing, promoted)
+        super().strip_outputs(outputs, packing, promoted, prefix)
 
 
 class LSGSeq2SeqModel(LSGWrapper):
@@ -79,6 +79,14 @@ class LSGSeq2SeqModel(LSGWrapper):
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGSeq2SeqModel):
             cls.forward = with_lsg_encoder(stock.forward)  # type: ignore[attr-defined]
 
+    def train(self, mode: bool = True) -> Any:
+        """As in torch. Loading makes computed positions trainable, and ends in `eval`; here they are frozen again."""
+        super().train(mode)  # type: ignore[misc]
+        if self.sinusoidal_positions:
+            for part in (self.encoder, self.decoder):  # type: ignore[attr-defined]
+                part.embed_positions.requires_grad_(False)
+        return self
+
     @classmethod
     def special_positions(cls, config: Any) -> int:
         """As `LSGReader.special_positions`."""
@@ -91,7 +99,8 @@ class LSGSeq2SeqModel(LSGWrapper):
 
 
 def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on."""
+    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on, and
+    return the encoder's `global_attentions` as `encoder_global_attentions`."""
     names = argument_names(stock_forward)
 
     @wraps(stock_forward)
@@ -99,7 +108,8 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
         if kwargs.get("encoder_outputs") is None:
-            others = {name: value for name, value in kwargs.items() if name not in (*names, "return_dict")}
+            for_both = (*names, *CACHE_NAMES, "return_dict")
+            others = {name: value for name, value in kwargs.items() if name not in for_both}
             kwargs["encoder_outputs"] = self.encoder(
                 input_ids=kwargs.get("input_ids"),
                 attention_mask=mask,
@@ -110,6 +120,10 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if mask is not None:
             passed = kwargs["encoder_outputs"][0].shape[1] - mask.shape[-1]
             kwargs["attention_mask"] = F.pad(mask, (passed, 0), value=1)
-        return stock_forward(self, **kwargs)
+        outputs = stock_forward(self, **kwargs)
+        probabilities = getattr(kwargs["encoder_outputs"], "global_attentions", None)
+        if probabilities is not None and isinstance(outputs, dict):
+            outputs["encoder_global_attentions"] = probabilities
+        return outputs
 
     return forward
