@@ -635,7 +635,7 @@ def test_every_lsg_field_can_be_overridden(converted):
         ({"block_size": 10, "sparsity_factor": 4}, "block_size: got 10; allowed is a multiple of sparsity_factor, 4"),
         ({"sparsity_factor": 256}, "sparsity_factor: got 256; allowed is 0 to block_size, 128"),
         ({"sparse_block_size": -1}, "sparse_block_size: got -1; allowed is at least 0"),
-        ({"sparse_block_size": 48}, "sparse_block_size: got 48; allowed is with 'norm' a multiple of"),
+        ({"sparse_block_size": 48}, "sparse_block_size: got 48; allowed is 32 or 64, nearest to it"),
         ({"lsh_num_pre_rounds": -1}, "lsh_num_pre_rounds: got -1"),
         (
             {"mask_first_token": True, "pool_with_global": False},

@@ -22,7 +22,6 @@ from .lsg_modules import (
     LSGEncoder,
     LSGSelfAttention,
     given_cache,
-    passes_global_tokens,
 )
 from .lsg_packing import Packing, pack_batch, promote
 
@@ -41,10 +40,9 @@ def argument_names(stock_forward: Callable[..., Any]) -> list[str]:
 def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the stock forward of a model that reads a text: global tokens go in, and are cut off what comes out.
 
-    The result has the stock signature. It returns hidden states of `t` positions (`g + t` where an encoder passes its
-    global tokens to the decoder). With "eager", `attentions` holds what the text attends to: (batch, heads, t, t) for a
-    text of at most two blocks, else (batch, heads, t, keys), with the keys in the order that `lsg_attention` states;
-    `global_attentions` holds (batch, heads, g, g + t).
+    The result has the stock signature. It returns hidden states of `t` positions. With "eager", `attentions` holds what
+    the text attends to: (batch, heads, t, t) for a text of at most two blocks, else (batch, heads, t, keys), with the
+    keys in the order that `lsg_attention` states; `global_attentions` holds (batch, heads, g, g + t).
 
     A cache may hold keys and values of `p` tokens in front of the text, as in prefix tuning: all tokens see them. Then
     `attention_mask` may be (batch, p + t), and probabilities have `p` keys more, in front.
@@ -256,9 +254,8 @@ class LSGReader(LSGPreTrained):
         g = config.num_global_tokens
         if outputs.get("hidden_states"):
             *inner, last = outputs["hidden_states"]
-            first = 0 if passes_global_tokens(config) else g
             unpack = packing.unpack if packing is not None else lambda states: states
-            inner = [None if states is None else unpack(states)[:, first:] for states in inner]
+            inner = [None if states is None else unpack(states)[:, g:] for states in inner]
             outputs["hidden_states"] = (*inner, last)
         split_attentions(outputs, config, prefix, None if packing is None else packing.first_token, promoted)
 

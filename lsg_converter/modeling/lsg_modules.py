@@ -136,11 +136,6 @@ def strip_global_tokens(states: torch.Tensor, config: Any, first_token: torch.Te
     return torch.where((places == first_token[:, None])[:, :, None], states[:, :1], text)
 
 
-def passes_global_tokens(config: Any) -> bool:
-    """Whether an encoder gives a decoder its global tokens too."""
-    return getattr(config, "pass_global_tokens_to_decoder", False)
-
-
 class LSGEncoder:
     """Mixed into a family's stack of layers. The layers see a packed batch; what leaves the stack, for poolers and
     heads, has the positions of the text."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from .lsg_classes import LSGWrapper, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
@@ -17,10 +19,17 @@ from .lsg_modules import (
     LSGPositions,
     LSGSeq2SeqAttention,
     global_tokens,
-    passes_global_tokens,
     strip_global_tokens,
 )
 from .lsg_packing import Packing
+
+
+logger = logging.get_logger(__name__)
+
+
+def passes_global_tokens(config: Any) -> bool:
+    """Whether an encoder gives a decoder its global tokens too."""
+    return getattr(config, "pass_global_tokens_to_decoder", False)
 
 
 class LSGSeq2SeqEncoder(LSGReader):
@@ -57,11 +66,13 @@ class LSGSeq2SeqEncoder(LSGReader):
         config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
         if packing is not None:
             last = packing.unpack(last)
-        if not passes_global_tokens(config):
-            last = strip_global_tokens(last, config)
-        outputs["last_hidden_state"] = last
+        text = strip_global_tokens(last, config)
+        if passes_global_tokens(config):
+            g = config.num_global_tokens
+            outputs["global_hidden_state"], text = last[:, :g], last[:, g:]
+        outputs["last_hidden_state"] = text
         if outputs.get("hidden_states"):
-            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
+            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], text)
         super().strip_outputs(outputs, packing, promoted, prefix)
 
 
@@ -99,8 +110,11 @@ class LSGSeq2SeqModel(LSGWrapper):
 
 
 def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on, and
-    return the encoder's `global_attentions` as `encoder_global_attentions`."""
+    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on.
+
+    The encoder's states are those of the text, (batch, t, width), as the mask is; those of the global tokens are its
+    `global_hidden_state`. Its `global_attentions` are returned as `encoder_global_attentions`.
+    """
     names = argument_names(stock_forward)
 
     @wraps(stock_forward)
@@ -117,13 +131,24 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 return_dict=True,
                 **others,
             )
-        if mask is not None:
-            passed = kwargs["encoder_outputs"][0].shape[1] - mask.shape[-1]
-            kwargs["attention_mask"] = F.pad(mask, (passed, 0), value=1)
-        outputs = stock_forward(self, **kwargs)
-        probabilities = getattr(kwargs["encoder_outputs"], "global_attentions", None)
-        if probabilities is not None and isinstance(outputs, dict):
-            outputs["encoder_global_attentions"] = probabilities
-        return outputs
+        encoded = kwargs["encoder_outputs"]
+        text, global_states = encoded[0], getattr(encoded, "global_hidden_state", None)
+        if global_states is not None:
+            states = torch.cat([global_states, text], dim=1)
+            captured = {name: encoded.get(name) for name in ("hidden_states", "attentions")}
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states, **captured)
+            if mask is not None:
+                kwargs["attention_mask"] = F.pad(mask, (global_states.shape[1], 0), value=1)
+        elif passes_global_tokens(self.config) and self.config.num_global_tokens:
+            logger.warning_once(
+                "encoder_outputs: they have no global_hidden_state, so the decoder sees the states of the text alone; "
+                "pass on what the encoder returned"
+            )
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = stock_forward(self, **kwargs, return_dict=True)
+        outputs["encoder_last_hidden_state"] = text
+        if getattr(encoded, "global_attentions", None) is not None:
+            outputs["encoder_global_attentions"] = encoded.global_attentions
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     return forward
