@@ -86,6 +86,7 @@ def test_pickles_and_copies(converted):
         assert torch.equal(states(again), states(model))
 
 
+@pytest.mark.few_families
 def test_a_pickle_is_read_by_another_process(converted, tmp_path):
     """Every class of the model stands in its module before a model was made there."""
     model = AutoModel.from_pretrained(converted, trust_remote_code=True).eval()
@@ -303,7 +304,14 @@ def globals_and_head(model):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize(("prepare", "learning_rate"), [(everything, 2e-4), (lora, 1e-2), (globals_and_head, 1e-2)])
+@pytest.mark.parametrize(
+    ("prepare", "learning_rate"),
+    [
+        (everything, 2e-4),
+        pytest.param(lora, 1e-2, marks=pytest.mark.full),
+        pytest.param(globals_and_head, 1e-2, marks=pytest.mark.full),
+    ],
+)
 def test_training_finds_evidence_beyond_token_512(lsg_minilm, prepare, learning_rate, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(

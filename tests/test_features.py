@@ -345,6 +345,7 @@ def large(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.newest
 def test_memory(large):
     """A conversion needs little more than the size of its source, which is read as it lies on disk."""
