@@ -80,6 +80,11 @@ def test_what_ships_imports_torch_and_transformers_alone():
         assert all((path.parent / f"{name}.py").exists() for name in siblings)
 
 
+def test_a_family_states_facts():
+    for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py"):
+        assert len(path.read_text().splitlines()) < 30, path
+
+
 def test_only_the_command_prints():
     for path in PACKAGE.rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

@@ -700,6 +700,7 @@ def test_half_precision_is_finite(load, dtype, kind):
 
 
 @pytest.mark.newest
+@pytest.mark.few_families
 def test_compiles_as_one_graph(load):
     model = load()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -240,7 +240,7 @@ def test_agrees_at_the_default_sizes(factor, monkeypatch):
 
 
 @runs
-@settings(max_examples=settings().max_examples // 6)
+@settings(max_examples=settings().max_examples // 10)
 @given(
     data=st.data(),
     shape=st.sampled_from([(2, 32, 32, 2), (0, 64, 32, 4), (5, 32, 48, 1)]),
