@@ -297,7 +297,8 @@ def test_pooling_with_the_global_token(load):
 def test_attentions(load):
     model = load(attn_implementation="eager", num_global_tokens=3)
     config, width = model.config, 3 + 3 * 4 + 2 * 4
-    for tokens, keys in ((6, 6), (30, width)):
+    # A text of 20 tokens has as many keys in its windows as there are tokens, the globals included.
+    for tokens, keys in ((6, 6), (20, width), (30, width)):
         outputs = model(ids_of(model, 2, tokens), output_attentions=True)
         shape = (2, config.num_attention_heads, tokens, keys)
         assert [a.shape for a in outputs.attentions] == [shape] * config.num_hidden_layers

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .lsg_attention import ATTN_IMPLEMENTATIONS
 from .lsg_classes import LSGAttentionSupport, define_modules, stock_class
+from .lsg_layout import LSGLayout, is_exporting
 from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention, passes_global_tokens
 from .lsg_packing import find_seqlens, unpack_rows
 
@@ -119,7 +120,12 @@ class LSGReader(LSGAttentionSupport):
                 f"input_ids: got a text of {length} tokens; this checkpoint has positions for {limit}; "
                 "truncate the text, or convert with a larger max_sequence_length"
             )
-        if not config.adaptive and not config.layout.is_short(length) and length % config.block_size:
+        if (
+            not config.adaptive
+            and not is_exporting()
+            and not config.layout.is_short(length)
+            and length % config.block_size
+        ):
             raise ValueError(
                 f"input_ids: got a text of {length} tokens; with adaptive=False it must be a multiple of block_size, "
                 f"{config.block_size}, or at most two blocks; pad it, or set adaptive=True"
@@ -149,7 +155,7 @@ class LSGReader(LSGAttentionSupport):
         else:
             mask = attention_mask.to(device=tokens.device, dtype=torch.bool)
         if config.mask_first_token:
-            mask = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
+            mask = mask & (torch.arange(shape[1], device=mask.device) > 0)
         mask = torch.cat([mask.new_ones(shape[0], config.num_global_tokens), mask], dim=1)
         return mask[:, None, None]
 
@@ -168,15 +174,16 @@ class LSGReader(LSGAttentionSupport):
             first = 0 if passes_global_tokens(config) else g
             inner = [None if states is None else unpack(states)[:, first:] for states in inner]
             outputs["hidden_states"] = (*inner, last)
-        split_attentions(outputs, g)
+        split_attentions(outputs, config.layout)
 
 
-def split_attentions(outputs: Any, g: int) -> None:
+def split_attentions(outputs: Any, layout: LSGLayout) -> None:
     """Split the captured probabilities into those of the text and those of the global tokens."""
     if outputs.get("attentions"):
         text, to_all = zip(*outputs["attentions"], strict=True)
-        full = text[0].shape[-1] == to_all[0].shape[-1]
-        outputs["attentions"] = tuple(probabilities[..., g:] for probabilities in text) if full else text
+        if layout.is_short(text[0].shape[2]):
+            text = tuple(probabilities[..., layout.num_global_tokens :] for probabilities in text)
+        outputs["attentions"] = text
         outputs["global_attentions"] = to_all
 
 

@@ -74,9 +74,9 @@ class LSGSelfAttention:
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
         they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
+        heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
         query, key, value = (
-            getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
-            for name in self.projections
+            getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
         )
         dropout = getattr(self, self.dropout_name)
         output, probabilities = lsg_attention(
@@ -107,9 +107,12 @@ class LSGSeq2SeqAttention(LSGSelfAttention):
 def strip_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
     """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width)."""
     g = config.num_global_tokens
+    text = states[:, g:]
     if config.pool_with_global and g > 0:
-        return torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
-    return states[:, g:]
+        # Joined slices would bring conditions on their lengths into an exported graph.
+        first = torch.arange(text.shape[1], device=text.device) == 0
+        return torch.where(first[:, None], states[:, :1], text)
+    return text
 
 
 def passes_global_tokens(config: Any) -> bool:
