@@ -2,7 +2,7 @@
 
 import sys
 
-from lsg_converter.cli import main
+from lsg_converter.__main__ import main
 
 
 if __name__ == "__main__":

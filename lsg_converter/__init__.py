@@ -1,10 +1,34 @@
 """Give pretrained Transformers long inputs with Local-Sparse-Global attention (arXiv 2210.15497)."""
 
-from .convert import LSGConverter, convert
-from .options import ConversionError, ConversionOptions
-from .report import ConversionReport, package_version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-__version__ = package_version("lsg-converter")
+if TYPE_CHECKING:
+    from .conversion import LSGConverter, convert
+    from .options import ConversionError, ConversionOptions
+    from .report import ConversionReport
+    from .version import __version__
 
 __all__ = ["ConversionError", "ConversionOptions", "ConversionReport", "LSGConverter", "__version__", "convert"]
+
+_MODULES = {
+    "ConversionError": "options",
+    "ConversionOptions": "options",
+    "ConversionReport": "report",
+    "LSGConverter": "conversion",
+    "__version__": "version",
+    "convert": "conversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first asked for: torch takes seconds, and the command's `--help` does not need it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

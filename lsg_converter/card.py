@@ -45,13 +45,18 @@ def metadata(report: ConversionReport, source: Path) -> ModelCardData:
 def usage(report: ConversionReport, name: str) -> str:
     """Code that loads the checkpoint and reads a long text."""
     name = json.dumps(name, ensure_ascii=False)
-    if report.is_sentence_model:
+    if report.sentence_class:
+        call = 'embeddings = model.encode(["A long document. " * 100, "Another one."])'
+        if report.sentence_class == "CrossEncoder":
+            call = 'scores = model.predict([("Which one is long?", "A long document. " * 100)])'
+        elif report.sentence_class == "MultiVectorEncoder":
+            call = 'embeddings = model.encode_document(["A long document. " * 100, "Another one."])'
         return "\n".join(
             [
-                "from sentence_transformers import SentenceTransformer",
+                f"from sentence_transformers import {report.sentence_class}",
                 "",
-                f"model = SentenceTransformer({name}, trust_remote_code=True)",
-                'embeddings = model.encode(["A long document. " * 100, "Another one."])',
+                f"model = {report.sentence_class}({name}, trust_remote_code=True)",
+                call,
             ]
         )
     loads = [f"model = {report.auto_class}.from_pretrained({name}, trust_remote_code=True)"]

@@ -4,25 +4,26 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console, ConsoleDimensions, Group
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
-from transformers import HfArgumentParser
-from transformers.utils import logging
 
-from . import __version__
-from .convert import convert
-from .options import ConversionError, ConversionOptions, OptionError
-from .report import ConversionReport
-from .summary import summary
+from .options import ConversionError, ConversionOptions, OptionError, check_types, wanted
+from .version import __version__
+
+
+# What imports torch, which takes seconds, is imported where it is used.
+if TYPE_CHECKING:
+    from .report import ConversionReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +34,43 @@ class OutputOptions:
     json: bool = field(default=False, metadata={"help": "Print the report as JSON; all else goes to stderr."})
     debug: bool = field(default=False, metadata={"help": "Show where an error arose."})
 
+    def __post_init__(self) -> None:
+        check_types(self)
 
-class Parser(HfArgumentParser):
+
+class Parser(ArgumentParser):
     """The flags of `ConversionOptions`, or a JSON or YAML file with them; a wrong one raises OptionError."""
 
     def __init__(self) -> None:
         super().__init__(
-            [ConversionOptions, OutputOptions],  # type: ignore[list-item]
             prog="lsg-convert",
             usage="lsg-convert [arguments.json] --initial_model NAME --model_name FOLDER [options]",
             description="Give a pretrained Transformer long inputs, with Local-Sparse-Global attention. "
             "The options may stand in a JSON or YAML file, which is named first; flags after it prevail.",
+            argument_default=SUPPRESS,
             allow_abbrev=False,
         )
+        for options in (ConversionOptions, OutputOptions):
+            hints = get_type_hints(options)
+            for item in fields(options):
+                self.add_option(item, hints[item.name])
         self.add_argument("--version", action="version", version=f"lsg-converter {__version__}")
+
+    def add_option(self, item: Field[Any], hint: Any) -> None:
+        """Add a field as a flag. Its value is given its type here, and checked by the dataclass."""
+        text = item.metadata["help"]
+        if item.default not in (MISSING, None, False):
+            text = f"{text} (default: {item.default})"
+        names = [f"--{item.name}", *item.metadata.get("aliases", ())]
+        if hint is bool:
+            self.add_argument(*spellings(*names), help=text, type=read_bool, nargs="?", const=True)
+            if item.default:
+                reverse = spellings(f"--no_{item.name}")
+                self.add_argument(*reverse, help=f"The reverse of --{item.name}.", dest=item.name, action="store_false")
+        else:
+            values = get_args(hint) if item.default in get_args(hint) else ()
+            metavar = f"{{{','.join(values)}}}" if values else item.name.upper()
+            self.add_argument(*spellings(*names), help=text, type=read_int if hint is int else str, metavar=metavar)
 
     def options(self, arguments: Sequence[str]) -> tuple[ConversionOptions, OutputOptions]:
         arguments = list(arguments)
@@ -56,15 +80,46 @@ class Parser(HfArgumentParser):
             place = arguments.index("--use_auth_token") + 1
             if place == len(arguments) or arguments[place].startswith("--"):
                 arguments.insert(place, "True")
-        options, output, *_, unknown = self.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
+        namespace, unknown = self.parse_known_args(arguments)
         if unknown:
+            if not unknown[0].startswith("-"):
+                raise OptionError(
+                    f"{unknown[0]}: it follows no flag; put one such as --initial_model before it, and quotes around a "
+                    "value with spaces"
+                )
             raise OptionError(f"{unknown[0].split('=')[0]}: no such option; {nearest(unknown[0])}--help lists them")
-        return options, output
+        given = vars(namespace)
+        output = OutputOptions(
+            **{item.name: given.pop(item.name) for item in fields(OutputOptions) if item.name in given}
+        )
+        for item in fields(ConversionOptions):
+            if item.default is MISSING and item.name not in given:
+                raise OptionError(f"--{item.name}: it is missing; {wanted(item)}; --help lists the options")
+        return ConversionOptions(**given), output
 
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message.removeprefix('argument ')}; --help lists the options")
+        flag = message.removeprefix("argument ").split("/")[0]
+        fault = "got no value; give one after it" if message.endswith("expected one argument") else "it takes no value"
+        raise OptionError(f"{flag}: {fault}; --help lists the options")
+
+
+def spellings(*names: str) -> list[str]:
+    """The names of a flag, and the same with dashes."""
+    return list(dict.fromkeys([*names, *(f"--{name[2:].replace('_', '-')}" for name in names)]))
+
+
+def read_bool(text: str) -> bool | str:
+    """True or False, or the text where it is neither."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    return words.get(text.lower(), text)
+
+
+def read_int(text: str) -> int | str:
+    """A number, or the text where it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def known_options() -> list[str]:
@@ -91,7 +146,7 @@ def flags_of(path: Path) -> list[str]:
         if name not in (*known_options(), "use_auth_token"):
             raise OptionError(f"{path}: got an unknown option {name!r}; {nearest(str(name))}--help lists them")
         if value is not None:
-            result += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+            result.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return result
 
 
@@ -99,6 +154,8 @@ class Steps:
     """The step that is under way, and the time since the first, on stderr where that is a terminal."""
 
     def __init__(self, console: Console) -> None:
+        from huggingface_hub.utils import are_progress_bars_disabled
+
         self.shown = console.is_interactive and sys.stderr.isatty() and not are_progress_bars_disabled()
         self.progress = Progress(
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
@@ -129,8 +186,22 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end."""
 
 
-def terminate(*_: Any) -> NoReturn:
-    raise Terminated
+def interrupt(number: int, frame: object) -> NoReturn:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextmanager
+def raised_interrupts() -> Iterator[None]:
+    """Inside, an interrupt raises, so that a conversion removes what it has begun."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,25 +212,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         disk; 130 or 143 where it was interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    enable_progress_bars()  # those of downloads, which the line above turned off as well
     errors = Console(stderr=True)
-    before = signal.signal(signal.SIGTERM, terminate)
     try:
         options, output = Parser().options(arguments)
-        if output.quiet:
-            disable_progress_bars()
-        with Steps(errors) as steps:
-            report = convert(options, steps.announce)
+        report = run(options, output, errors)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = explain(error)
         errors.print(Text.assemble(("error:", "bold red"), f" {' '.join(message.split())}"), soft_wrap=True)
         return code
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if output.json:
         print(json.dumps(report.content(), indent=2))
     elif not output.quiet:
@@ -167,8 +229,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show(report: ConversionReport) -> None:
+def run(options: ConversionOptions, output: OutputOptions, errors: Console) -> "ConversionReport":
+    """Convert, with the steps shown on `errors`, and the libraries below kept quiet."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    from .conversion import convert
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    enable_progress_bars()  # those of downloads, which the line above turned off as well
+    if output.quiet:
+        disable_progress_bars()
+    with raised_interrupts(), Steps(errors) as steps:
+        return convert(options, steps.announce)
+
+
+def show(report: "ConversionReport") -> None:
     """Print what a person wants to know; lines are wrapped on a terminal alone, and the code nowhere."""
+    from .summary import summary
+
     console = Console()
     if not (console.is_interactive and sys.stdout.isatty()):
         console.size = ConsoleDimensions(sys.maxsize, 1)

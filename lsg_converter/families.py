@@ -81,7 +81,8 @@ def family(model_type: str) -> Family:
     """The family of `config.model_type`. Raises SourceError where there is none."""
     if model_type not in model_types():
         raise SourceError(
-            f"--model_type: got {model_type!r} from config.json or the command; known are {', '.join(model_types())}"
+            f"--initial_model: its family {model_type!r} cannot be converted; "
+            f"give a model of one of these: {', '.join(model_types())}"
         )
     name = _PREFIX + model_type.replace("-", "_")
     module = import_module(f".modeling.{name}", __package__)

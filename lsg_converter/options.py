@@ -1,7 +1,8 @@
 """What can be asked of a conversion: one dataclass is the API's arguments and the command's flags."""
 
 import ast
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 MAX_SEQUENCE_LENGTH = 2**24
 # What becomes of the global tokens of a source that is LSG already: one of these.
 GLOBAL_TOKEN_FLAGS = ("resize_lsg", "keep_first_global_token", "rebuild_global_tokens")
+_TYPE_NAMES = {int: "a whole number", bool: "true or false", str: "a text", dict: "a dictionary", type(None): "none"}
 
 
 class ConversionError(Exception):
@@ -38,7 +40,9 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says, for a message of one line."""
     if isinstance(error, KeyError):
         return f"unknown is {error}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
+    # Of a field that may have several types, Transformers tells each by its class, and all of it again for each.
+    text = re.sub(r"<class '(\w+)'>", r"\1", str(error).strip().split(". Errors: ")[0])
+    return (text or type(error).__name__).splitlines()[0].rstrip(".:;")
 
 
 def _help(text: str, *aliases: str) -> dict[str, Any]:
@@ -82,6 +86,13 @@ class ConversionOptions:
         default=True, metadata=_help("Add token type 0 to the global tokens, where the family has token types.")
     )
     seed: int = field(default=123, metadata=_help("Seed of what is drawn at random: global tokens, a new head."))
+    exact: bool = field(
+        default=False,
+        metadata=_help(
+            "Give for every text that the source can read what the source gives: no global tokens, and full attention "
+            "up to the source's length."
+        ),
+    )
     resize_lsg: bool = field(
         default=False, metadata=_help("The source is an LSG checkpoint: keep its global tokens, resize its positions.")
     )
@@ -112,7 +123,9 @@ class ConversionOptions:
     )
     allow_pickle: bool = field(
         default=False,
-        metadata=_help("Load pickled weights where there are no safetensors, without running their code."),
+        metadata=_help(
+            "Load pickled weights where there are no safetensors, without running their code; copy those of modules."
+        ),
     )
     overwrite: bool = field(
         default=False, metadata=_help("Replace the checkpoint that --model_name names, once the new one is complete.")
@@ -134,14 +147,16 @@ class ConversionOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_kwargs", parse_literals(self.model_kwargs))
-        for name, hint in get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), hint)
+        check_types(self)
         for item in fields(self):
             if getattr(self, item.name) == "":
-                raise OptionError(f"--{item.name}: got an empty string; give a name, or leave it out")
+                allowed = wanted(item) if item.default is MISSING else "give a value, or leave it out"
+                raise OptionError(f"--{item.name}: got an empty string; {allowed}")
         chosen = [name for name in GLOBAL_TOKEN_FLAGS if getattr(self, name)]
         if len(chosen) > 1:
             raise OptionError(f"--{chosen[0]}: got --{chosen[1]} as well; give one of them")
+        if self.exact:
+            self._check_exact(chosen)
         if self.max_sequence_length < 1:
             raise OptionError(
                 f"--max_sequence_length: got {self.max_sequence_length}; give a number of tokens, at least 1"
@@ -157,6 +172,18 @@ class ConversionOptions:
                 raise OptionError(f"--{name}: got it without --push_to_hub; give both, or none")
         if self.no_verify and self.run_test:
             raise OptionError("--no_verify: got --run_test as well; give one of them")
+
+    def _check_exact(self, global_token_flags: list[str]) -> None:
+        fields = parse_literals(self.model_kwargs)
+        for name, allowed in {"num_global_tokens": 0, "mask_first_token": False}.items():
+            if fields.get(name, allowed) != allowed:
+                raise OptionError(f"--exact: got {name}={fields[name]!r} as well; give {allowed!r}, or leave one out")
+        if "full_attention_length" in fields:
+            raise OptionError("--exact: got full_attention_length as well, which it sets; give one of them")
+        if self.position_init != "tile":
+            raise OptionError(f"--exact: got --position_init {self.position_init} as well; give one of them")
+        if global_token_flags:
+            raise OptionError(f"--exact: got --{global_token_flags[0]}, for an LSG source; give --model_kwargs instead")
 
     @property
     def hub_token(self) -> str | bool | None:
@@ -175,17 +202,28 @@ class ConversionOptions:
         return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise OptionError where an argument from Python or from a file has a wrong type."""
+def wanted(item: Field[Any]) -> str:
+    """What to give for an option that cannot be left out."""
+    text = item.metadata["help"]
+    return f"give {text[0].lower()}{text[1:].rstrip('.')}"
+
+
+def check_types(options: object) -> None:
+    """Raise OptionError where a field of a dataclass of options has a wrong type."""
+    for name, hint in get_type_hints(type(options)).items():
+        check_type(name, getattr(options, name), hint)
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise OptionError where an argument has a wrong type."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise OptionError(f"--{name}: got {value!r}; give one of {', '.join(get_args(hint))}")
         return
     allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        shown = "a value" if name == "token" else repr(value)
-        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise OptionError(f"--{name}: got {shown} of type {type(value).__name__}; give {names}")
+        shown = f"a value of type {type(value).__name__}" if name == "token" else repr(value)
+        raise OptionError(f"--{name}: got {shown}; give {' or '.join(_TYPE_NAMES[kind] for kind in allowed)}")
 
 
 def parse_literals(value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .options import ConversionOptions
 from .verify import Check, HeadRun
+from .version import package_version
 
 
 FILE_NAME = "lsg_conversion.json"
@@ -29,9 +29,11 @@ class ConversionReport:
         source_positions, positions: tokens that the source could read, and that the written model can.
         changed: what is not the source's, in words.
         has_tokenizer: whether a tokenizer was written.
-        is_sentence_model: whether sentence-transformers can load it.
+        sentence_class: the class of sentence-transformers that loads it, where it has modules of theirs.
         new_weights, dropped_weights: names of weights that a change of head made or left out.
+        left_out: files and folders of the source that are not in the target.
         warnings: what a user should know.
+        advice: options that may suit the source better.
         checks: what was verified, from disk.
         heads: what `run_test` ran.
         source_files, files: the SHA-256 of the source's weights and configuration, and of what was written.
@@ -49,10 +51,12 @@ class ConversionReport:
     positions: int
     changed: list[str] = field(default_factory=list)
     has_tokenizer: bool = False
-    is_sentence_model: bool = False
+    sentence_class: str | None = None
     new_weights: list[str] = field(default_factory=list)
     dropped_weights: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     heads: list[HeadRun] = field(default_factory=list)
     source_files: dict[str, str] = field(default_factory=dict)
@@ -73,14 +77,6 @@ class ConversionReport:
         """Write `lsg_conversion.json`. Without seconds: two equal conversions write equal bytes."""
         text = json.dumps(without_seconds(self.content()), indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def package_version(name: str) -> str:
-    """The version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"
 
 
 def without_seconds(value: Any) -> Any:

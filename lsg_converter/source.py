@@ -1,14 +1,23 @@
 """Reading a source safely: its files are examined before anything is loaded from them."""
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +26,12 @@ from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceE
 from .weights import examine, read_json, weight_files
 
 
+# Weights in formats that are not read, as names on the Hub.
+OTHER_FORMATS = ("onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*")
+# Settings of a ColBERT checkpoint: the tokens that mark a query and a document, and their lengths.
+COLBERT_SETTINGS = "artifact.metadata"
+# Heads of BGE-M3, which its own library loads from beside the model.
+PICKLED_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 # Errors of loading a source that are the fault of the source.
 SOURCE_FAULTS = (
     OSError,
@@ -42,6 +57,7 @@ class Source:
         family, lsg_class: its family, and the LSG class that it becomes.
         is_lsg: whether it is an LSG checkpoint already.
         model_class: the class that loads its weights: LSG where it is LSG already, else stock.
+        is_colbert: whether it is a ColBERT checkpoint, which has a projection beside the weights of a base model.
         has_own_head: whether `config.json` names that class, so that the files must hold the head's weights too.
         config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
@@ -56,9 +72,9 @@ class Source:
         name = options.initial_model
         self.options = options
         self.folder, self.revision = locate(options)
-        content = read_config(name, self.folder)
+        content = read_config(options, self.folder)
         named = content.get("architectures") or []
-        self.family = families.family(options.model_type or content["model_type"])
+        self.family = families.family(content["model_type"])
         self.is_lsg = content.pop("base_model_prefix", None) == "lsg" or any(item.startswith("LSG") for item in named)
         wanted = [flag for flag in GLOBAL_TOKEN_FLAGS if getattr(options, flag)]
         if wanted and not self.is_lsg:
@@ -82,19 +98,22 @@ class Source:
             )
         self.lsg_class = self.family.lsg_class(options.architecture or named[0])
         self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
+        self.is_colbert = named == ["HF_ColBERT"]
         self.has_own_head = self.model_class.__name__ in named
         config_class = self.family.config_class if self.is_lsg else families.stock_class(self.family.config_class)
         try:
-            self.config = config_class.from_dict({**content, "model_type": self.family.model_type})
+            self.config = config_class.from_dict(content)
         except (StrictDataclassError, *SOURCE_FAULTS) as error:
             raise SourceError(
                 f"--initial_model: config.json of {name!r}: {first_line(error.__cause__ or error)}; correct it"
             ) from error
         base_class = self.family.base_class
+        check_padding(name, self.config, needed=getattr(base_class, "positions_follow_padding", False))
         if self.config.max_position_embeddings <= base_class.counted_positions(self.config):
             raise SourceError(
                 f"--initial_model: config.json of {name!r}: max_position_embeddings is "
-                f"{self.config.max_position_embeddings}; it must leave room for a token"
+                f"{self.config.max_position_embeddings}; correct it to at least "
+                f"{base_class.counted_positions(self.config) + 1}"
             )
         self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
         self.special_positions = base_class.special_positions(self.config)
@@ -123,6 +142,18 @@ class Source:
     def prefix(self) -> str:
         """What the names of the base model's weights begin with."""
         return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
+
+    def names(self) -> list[str]:
+        """The names of its files, as `folder/name` where they are in one; what lies deeper may stand for its folder."""
+        if self.revision is not None:
+            try:
+                return HfApi(token=self.options.hub_token).list_repo_files(
+                    self.options.initial_model, revision=self.revision
+                )
+            except Exception:  # of the Hub's client and of the connection; the conversion needs no list
+                self.warnings.append("the Hub did not list the files of the source: those not downloaded are not named")
+        paths = [path for path in self.folder.glob("*") if path.is_file()]
+        return [path.relative_to(self.folder).as_posix() for path in (*paths, *self.folder.glob("*/*"))]
 
     def load(self) -> tuple[PreTrainedModel, list[str], list[str]]:
         """The model on the CPU, the names of weights that are new in it, and those of the source's that it leaves out.
@@ -162,13 +193,17 @@ class Source:
                     raise SourceError(f"--initial_model: {name!r}: the weight {key} has values that are not finite")
         shapes = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
         new = sorted({*info["missing_keys"], *shapes})
+        global_table = self.prefix + self.family.base_class.global_table
+        if self.options.rebuild_global_tokens:  # it is not used
+            new = [key for key in new if key != global_table]
         needed = [key for key in new if self.has_own_head or key.startswith(self.prefix)]
         for key in needed:
             if key in shapes:
                 found, expected = shapes[key]
+                advice = "--rebuild_global_tokens makes a new one" if key == global_table else "correct one of them"
                 raise SourceError(
                     f"--initial_model: {name!r}: the weight {key} has the shape {found}, and by config.json it "
-                    f"has {expected}; correct one of them"
+                    f"has {expected}; {advice}"
                 )
         # Checkpoints often lack the pooler, where their head does not use it.
         made_up = [key for key in needed if "pooler." not in key]
@@ -212,45 +247,107 @@ def locate(options: ConversionOptions) -> tuple[Path, str | None]:
     if folder.exists():
         if options.revision:
             raise OptionError(f"--revision: got it with the folder {name!r}; leave it out, or give a name on the Hub")
+        if folder.is_file():
+            raise SourceError(f"--initial_model: {name!r} is a file; give the folder that a model was saved to")
         if not (folder / "config.json").is_file():
             raise SourceError(f"--initial_model: {name!r} has no config.json; give a folder that a model was saved to")
         return folder, None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise SourceError(
+            f"--initial_model: there is no folder {name!r}, and no model on the Hub has such a name; correct the path"
+        ) from None
     download = partial(
         snapshot_download, name, revision=options.revision, token=options.hub_token, cache_dir=options.cache_dir
     )
     patterns = ["config.json"]
     if not options.dry_run:
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.safetensors"]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "*.safetensors"]
+        patterns += [COLBERT_SETTINGS]
         patterns += ["*.py"] if options.trust_remote_code else []
-    others = ["onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*"]
     try:
-        snapshot = Path(download(allow_patterns=patterns, ignore_patterns=others))
-        if options.allow_pickle and not options.dry_run and not list(snapshot.glob("*.safetensors")):
-            download(allow_patterns=["pytorch_model*.bin"])
+        snapshot = Path(download(allow_patterns=patterns, ignore_patterns=list(OTHER_FORMATS)))
+        if not options.dry_run and (pickles := pickles_of(snapshot, options.allow_pickle)):
+            download(allow_patterns=pickles)
     except SOURCE_FAULTS as error:
         raise SourceError(
-            f"--initial_model: {name!r} is no folder here, and the Hub gave no such model ({first_line(error)}); "
-            "check the name, the connection and your access"
+            f"--initial_model: {name!r} is no folder here, and the Hub gave no such model: {refusal(error)}"
         ) from None  # what the Hub's client raised may hold the token
     if not (snapshot / "config.json").is_file():
         raise SourceError(f"--initial_model: {name!r} has no config.json on the Hub; give the name of a model")
     return snapshot, snapshot.name
 
 
-def read_config(name: str, folder: Path) -> dict[str, Any]:
-    """The content of `config.json`. Raises SourceError."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise SourceError(
-            f"--initial_model: config.json of {name!r} names no model_type; add the family's name to it: "
-            f"{', '.join(families.model_types())}"
-        )
+def refusal(error: BaseException) -> str:
+    """Why the Hub gave no model, and what to do."""
+    reasons = {
+        GatedRepoError: "its owner grants access; ask for it on its page, and log in (`hf auth login`)",
+        RepositoryNotFoundError: "it has none of that name, or a private one; correct the name, or log in to see it",
+        RevisionNotFoundError: "it has no such revision of it; correct --revision",
+        LocalEntryNotFoundError: "it was not reached, and the cache lacks the model; check the connection",
+    }
+    known = (reason for kind, reason in reasons.items() if isinstance(error, kind))
+    return next(known, f"{first_line(error)}; check the name, the connection and your access")
+
+
+def pickles_of(snapshot: Path, allowed: bool) -> list[str]:
+    """The names of pickles that may be on the Hub beside what was downloaded.
+
+    Those of modules are fetched without the flag too, and not opened then: so it is seen that one needs them.
+    """
+    modules = [name for name, _ in read_modules(snapshot) if name]
+    pickles = [f"{name}/*.bin" for name in modules if not list((snapshot / name).glob("*.safetensors"))]
+    if allowed:
+        pickles += PICKLED_HEADS
+        pickles += [] if list(snapshot.glob("*.safetensors")) else ["pytorch_model*.bin"]
+    return pickles
+
+
+def read_modules(folder: Path) -> list[tuple[str, str]]:
+    """The folder and the type of each module of sentence-transformers; none where modules.json is absent or damaged."""
+    try:
+        content = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        return [(str(item["path"]), str(item["type"])) for item in content]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def read_config(options: ConversionOptions, folder: Path) -> dict[str, Any]:
+    """The content of `config.json`, with the `model_type` of the options where they give one.
+
+    Raises:
+        SourceError: where it is damaged, or names no family.
+        OptionError: where the options name an unknown one.
+    """
+    config, known = read_json(folder / "config.json"), ", ".join(families.model_types())
+    got = f"--initial_model: config.json of {options.initial_model!r}"
+    if options.model_type is not None:
+        if options.model_type not in families.model_types():
+            raise OptionError(f"--model_type: got {options.model_type!r}; give one of {known}")
+        config["model_type"] = options.model_type
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        fault = "names no model_type" if kind is None else f"has {kind!r} as its model_type"
+        raise SourceError(f"{got} {fault}; give --model_type one of {known}")
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(item, str) for item in names)):
-        raise SourceError(
-            f"--initial_model: config.json of {name!r}: architectures is {names!r}; it must be a list of names"
-        )
+        raise SourceError(f'{got} has {names!r} as its architectures; correct it to a list of names, ["BertModel"]')
     return config
+
+
+def check_padding(name: str, config: Any, *, needed: bool) -> None:
+    """Raise SourceError where no model can have the padding id; `needed` is whether positions are counted from it."""
+    padding, words = config.pad_token_id, config.vocab_size
+    if padding is None and needed:
+        fault = f"null, and a {config.model_type} counts its positions from it"
+    elif padding is not None and not (0 if needed else -words) <= padding < words:
+        fault = f"{padding}, which is not among its {words} tokens"
+    else:
+        return
+    raise SourceError(
+        f"--initial_model: config.json of {name!r}: pad_token_id is {fault}; correct it to the id of the padding token"
+    )
 
 
 def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
@@ -260,7 +357,11 @@ def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrain
         # Without files, Transformers makes up a tokenizer that knows only its special tokens.
         return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
     except Exception as error:  # the tokenizers library raises plain Exception
-        if any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir()):
+        files = sorted(path for path in folder.iterdir() if path.name.startswith(("tokenizer", "vocab", "spiece")))
+        for path in files:
+            if path.suffix == ".json":
+                read_json(path)  # which says that it is this one, where it is
+        if files:
             raise SourceError(
                 f"--initial_model: the tokenizer of {name!r} cannot be loaded: {first_line(error)}; "
                 "repair its files, or remove them"

@@ -9,12 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .card import usage
+from .modeling.lsg_layout import LSGLayout
 from .report import ConversionReport
 from .verify import Check, HeadRun
 
 
 LABEL_WIDTH = 14
-STYLES = {"verified": "green", "warning": "yellow"}
+STYLES = {"verified": "green", "warning": "yellow", "advice": "cyan"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,12 @@ def summary(report: ConversionReport) -> Iterator[RenderableType]:
         yield Fact("new weights", name)
     for name in report.dropped_weights:
         yield Fact("left out", name)
+    if report.left_out:
+        yield Fact("not copied", ", ".join(report.left_out))
     for warning in report.warnings:
         yield Fact("warning", warning)
+    for line in report.advice:
+        yield Fact("advice", line)
     if options.dry_run:
         yield Text("nothing was written: this is a dry run")
         return
@@ -63,9 +68,11 @@ def summary(report: ConversionReport) -> Iterator[RenderableType]:
 
 
 def describe_sparsity(lsg: dict[str, Any]) -> str:
-    if lsg["sparsity_type"] in (None, "none") or not lsg["sparse_block_size"] or not lsg["sparsity_factor"]:
+    names = "num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type"
+    layout = LSGLayout.from_fields(*(lsg[name] for name in names))
+    if not layout.sparse_block_size:
         return "no sparse keys"
-    return f"{lsg['sparse_block_size']} sparse keys a side ({lsg['sparsity_type']}, factor {lsg['sparsity_factor']})"
+    return f"{layout.sparse_block_size} sparse keys a side ({lsg['sparsity_type']}, factor {layout.sparsity_factor})"
 
 
 def describe_check(check: Check) -> Text:

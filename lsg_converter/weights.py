@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: it is no JSON: {first_line(error)}; correct it") from error
+        raise SourceError(f"{path}: it is no JSON: {first_line(error)}; correct or restore it") from error
     if not isinstance(content, dict):
         raise SourceError(f"{path}: it must hold an object, {{...}}; correct it")
     return content
@@ -73,7 +73,31 @@ def tensor_names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise SourceError(f"{path}: it cannot be read: {first_line(error)}; restore it") from error
+        raise SourceError(
+            f"{path}: it cannot be read: {damage(path) or first_line(error)}; copy or download it again"
+        ) from error
+
+
+def damage(path: Path) -> str | None:
+    """What makes a file no safetensors file, where it is one of the usual things."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            return "it is Git LFS's pointer to the weights (`git lfs pull` gets them)"
+        needed = 8 + int.from_bytes(start, "little")
+        if size < 8:
+            return f"it is cut off: it has {size} bytes"
+        if needed > 100_000_000:  # the most that safetensors reads as a header
+            return "it is no safetensors file"
+        if size < needed:
+            return f"it is cut off: it has {size:,} bytes of more than {needed:,}"
+        try:
+            header = json.loads(file.read(needed - 8))
+            needed += max(header[name]["data_offsets"][1] for name in header if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            return None
+    return f"it is cut off: it has {size:,} bytes of {needed:,}" if size < needed else None
 
 
 def examine(files: dict[Path, list[str]]) -> None:
@@ -103,6 +127,13 @@ def read_parts(path: Path, name: str, size: int = 2**26) -> Iterator[torch.Tenso
     for start in range(0, shape[0], step):
         with safe_open(path, framework="pt") as file:
             yield file.get_slice(name)[start : start + step]
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor | None:
+    """A tensor of a file of weights, or None where the file lacks it."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True).get(name)
+    return torch.cat(list(read_parts(path, name))) if name in tensor_names(path) else None
 
 
 class Written:

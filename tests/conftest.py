@@ -11,9 +11,11 @@ import atexit
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 from safetensors.torch import load_file
 
 from lsg_converter import cli, families
@@ -21,6 +23,8 @@ from lsg_converter import cli, families
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 GOLDEN = Path(__file__).parent / "golden"
+FEW = ("bert", "bart")  # an encoder, and an encoder-decoder
+LEFT_OUT = pytest.StashKey[int]()
 torch.set_num_threads(1)  # the tests themselves run side by side
 
 
@@ -40,11 +44,48 @@ class Golden:
         return {key.removeprefix(prefix): value for key, value in self.expected.items() if key.startswith(prefix)}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests that are marked full too, and draw more cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The same cases in every run. What fixtures hold, which is not made anew for each case, does not change.
+    settings.register_profile(
+        "lsg", derandomize=True, deadline=None, max_examples=500 if config.getoption("full") else 50,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )  # fmt: skip
+    settings.load_profile("lsg")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked full. With --full, tests that draw cases draw more, and so are marked too."""
+    if config.getoption("full"):
+        for item in items:
+            if is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker("full")
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    items[:] = [item for item in items if item not in left_out]
+    config.stash[LEFT_OUT] = getattr(config, "workeroutput", {})["left_out"] = len(left_out)
+
+
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} tests were left out; --full runs them too")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden" in metafunc.fixturenames:
         every = [name.replace("-", "_") for name in families.model_types()]
         names = getattr(metafunc.module, "FAMILIES", every)
-        metafunc.parametrize("golden", names, indirect=True, scope="session")
+        few = metafunc.definition.get_closest_marker("few_families")
+        marked = [pytest.param(name, marks=pytest.mark.full if few and name not in FEW else ()) for name in names]
+        metafunc.parametrize("golden", marked, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -7,20 +7,25 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "cli": {"convert", "summary", "report", "options", "__init__"},
-    "convert": {"families", "surgery", "source", "target", "verify", "report", "card", "hub", "options"},
+    "__main__": {"cli"},
+    "cli": {"conversion", "summary", "report", "options", "version"},
+    "conversion": {
+        *("families", "surgery", "source", "target", "companions", "verify", "report", "card", "hub", "options"),
+    },
     "hub": {"options"},
-    "summary": {"card", "report", "verify"},
+    "summary": {"card", "modeling", "report", "verify"},
     "card": {"report"},
-    "report": {"verify", "options"},
+    "report": {"verify", "version", "options"},
     "verify": {"source", "weights", "families", "options", "modeling"},
-    "target": {"source", "weights", "options"},
+    "companions": {"source", "weights"},
+    "target": {"companions", "report", "source", "weights", "families", "options"},
     "source": {"families", "surgery", "weights", "options"},
     "weights": {"options"},
     "families": {"options", "modeling"},
     "surgery": {"modeling"},
     "options": set(),
-    "__init__": {"convert", "report", "options"},
+    "version": set(),
+    "__init__": {"conversion", "report", "version", "options"},
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": {"lsg_layout", "lsg_triton"},
     "modeling/lsg_cpu": {"lsg_layout"},
@@ -31,7 +36,14 @@ BELOW = {
     "modeling/lsg_packing": {"lsg_cpu"},
     "modeling/lsg_classes": set(),
     "modeling/lsg_modules": {"lsg_attention", "lsg_config", "lsg_packing"},
-    "modeling/lsg_modeling": {"lsg_attention", "lsg_classes", "lsg_layout", "lsg_modules", "lsg_packing"},
+    "modeling/lsg_modeling": {
+        "lsg_attention",
+        "lsg_classes",
+        "lsg_config",
+        "lsg_layout",
+        "lsg_modules",
+        "lsg_packing",
+    },
     "modeling/lsg_seq2seq": {"lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_packing"},
 }
 
@@ -73,6 +85,11 @@ def test_what_ships_imports_torch_and_transformers_alone():
         text = path.read_text()
         assert "from . import" not in text and "from __future__" not in text
         assert all((path.parent / f"{name}.py").exists() for name in siblings)
+
+
+def test_a_family_states_facts():
+    for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py"):
+        assert len(path.read_text().splitlines()) < 30, path
 
 
 def test_only_the_command_prints():

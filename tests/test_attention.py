@@ -1,19 +1,22 @@
 """The kernels: eager against a statement of the specification in float64, every other kernel against eager."""
 
+import contextlib
 from unittest import mock
 
 import oracle
 import pytest
 import torch
+from hypothesis import given, strategies as st
+from strategies import KINDS, batches
+from torch.nn.utils.rnn import pad_sequence
 
 from lsg_converter.modeling import lsg_attention as module, lsg_cpu
+from lsg_converter.modeling.lsg_packing import pack_batch, promote
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
 
 pytestmark = pytest.mark.newest
 HEADS, WIDTH = 3, 8
-# block_size, sparse_block_size, sparsity_factor
-SHAPES = [(4, 4, 2), (8, 8, 4), (8, 4, 2), (4, 8, 2), (4, 4, 1), (6, 6, 2), (6, 3, 3), (4, 0, 2), (4, 4, 0), (4, 4, 4)]
 # By this name the tests ask for the "cpu" kernel as it is on CPUs that multiply half precision as fast.
 NATIVE = "native"
 FORMS = ["eager", "cpu", "portable", NATIVE]
@@ -45,34 +48,28 @@ def arguments(shape, kind, g=1):
     }
 
 
-def inputs(length, g=1, batch=3, dtype=torch.float32, seed=0):
+def random_states(batch, tokens, dtype=torch.float64):
+    """Queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, batch, HEADS, tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype).unbind()
+
+
+def inputs(length, g=1, batch=3, dtype=torch.float32):
     """Queries, keys, values, and a mask: one row whole, one padded on the right, one on the left and with a hole."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = torch.randn(3, batch, HEADS, g + length, WIDTH, generator=generator).to(dtype)
     keep = torch.ones(batch, g + length, dtype=torch.bool)
     keep[1, g + (2 * length + 2) // 3 :] = False
     keep[2, g : g + length // 4] = False
     keep[2, g + length // 2] = False
-    return q.clone(), k.clone(), v.clone(), keep
+    return *random_states(batch, g + length, dtype), keep
 
 
-def lengths(block):
-    return [1, 2 * block - 1, 2 * block, 2 * block + 1, 3 * block, 3 * block + 1, 7 * block - 2]
+def close(actual, expected, atol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SPARSITY_TYPES if kind != "lsh"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_eager_agrees_with_the_specification(shape, kind):
-    block, sparse, factor = shape
-    for length in lengths(block):
-        g = length % 3
-        q, k, v, keep = inputs(length, g, dtype=torch.float64)
-        output, _ = lsg_attention(q, k, v, keep, **arguments(shape, kind, g), kernel="eager")
-        for row in range(len(q)):
-            expected = oracle.attention(
-                q[row], k[row], v[row], keep[row], g=g, block=block, sparse=sparse, factor=factor, kind=kind
-            )
-            torch.testing.assert_close(output[row], expected, rtol=0, atol=1e-12)
+def cover(keep, *tensors):
+    """The tensors with great numbers under the mask, which must not be seen."""
+    return [tensor.masked_fill(~keep[:, None, :, None], 1e4) for tensor in tensors]
 
 
 def counts(keep):
@@ -81,36 +78,35 @@ def counts(keep):
     return ~behind[:, None, :, None]
 
 
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_agree_with_eager(shape, kind, kernel):
-    for length in lengths(shape[0]):
-        g = (length + 2) % 3
-        *tensors, keep = inputs(length, g=g)
-        weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * counts(keep)
-        results = []
-        for name in ("eager", kernel):
-            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, g), kernel=name)
-            (output * weight).sum().backward()
-            results.append([output.detach() * counts(keep), *(leaf.grad for leaf in leaves)])
-        for expected, actual in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lsh"])
+@given(data=st.data())
+def test_eager_agrees_with_the_specification(data, kind):
+    """Which states the rows alone, without padding."""
+    fields, rows = data.draw(batches(kind, max_rows=2))
+    g, block, sparse, factor, kind = fields.values()
+    keep = pad_sequence(rows, batch_first=True)
+    q, k, v = random_states(*keep.shape)
+    output, _ = lsg_attention(q, *cover(keep, k, v), keep, **fields, kernel="eager")
+    for i, row in enumerate(rows):
+        alone = (x[i, :, : len(row)] for x in (q, k, v))
+        expected = oracle.attention(*alone, row, g=g, block=block, sparse=sparse, factor=factor, kind=kind)
+        close(output[i, :, : len(row)], expected, atol=1e-12)
 
 
 class Mask:
     """What dropout keeps, by row, head, query and key, whichever kernel asks. A key is a token or a sparse token."""
 
-    def __init__(self, batch, g, length, shape):
-        self.block, self.sparse, self.factor = shape
-        self.g, self.tokens = g, g + length
-        padded = g + -(-length // self.block) * self.block
-        self.kept = torch.rand(batch, HEADS, padded, 2, padded, generator=torch.Generator().manual_seed(3)) >= 0.25
+    def __init__(self, fields, batch, total, dropout):
+        self.g, self.block, self.sparse, self.factor, _ = fields.values()
+        self.tokens, self.dropout = total, dropout
+        padded = self.g + -(-(total - self.g) // self.block) * self.block
+        generator = torch.Generator().manual_seed(3)
+        self.kept = torch.rand(batch, HEADS, padded, 2, padded, generator=generator) >= dropout
 
-    def eager(self, probabilities, dropout):
+    def eager(self, probabilities, _):
         queries, keys = probabilities.shape[2:]
         if probabilities.shape[1] == HEADS:  # not by blocks: all keys
-            return probabilities * self.kept[:, :, :queries, 0, :keys] / 0.75
+            return probabilities * self.kept[:, :, :queries, 0, :keys] / (1 - self.dropout)
         block, g = torch.arange((self.kept.shape[2] - self.g) // self.block)[:, None], self.g
         step = self.block // self.factor if self.factor else 0
         local, side = torch.arange(3 * self.block), torch.arange(self.sparse if self.factor else 0)
@@ -121,7 +117,7 @@ class Mask:
         column = torch.cat(columns, dim=1).clamp(0, self.kept.shape[4] - 1)
         query = g + block * self.block + torch.arange(self.block)
         kept = self.kept[:, :, query[:, :, None], kind, column[:, None]]
-        return probabilities * kept.view(probabilities.shape) / 0.75
+        return probabilities * kept.view(probabilities.shape) / (1 - self.dropout)
 
     def cpu(self, attention, number):
         tile, heads = attention.tiles[number], slice(attention.first_head, attention.first_head + attention.heads)
@@ -136,29 +132,31 @@ class Mask:
         return mask
 
 
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
-def test_dropout_agrees_with_eager(shape, kind, kernel):
-    """What is dropped is given from outside, the same to both."""
-    for length in lengths(shape[0])[2:]:
-        *tensors, keep = inputs(length, g=2)
-        mask = Mask(len(keep), 2, length, shape)
-        weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * counts(keep)
-        results = []
-        for name in ("eager", kernel):
-            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            with (
-                mock.patch.object(module.F, "dropout", mask.eager),
-                mock.patch.object(
-                    lsg_cpu.TiledAttention, "dropout_mask", lambda self, number, mask=mask: mask.cpu(self, number)
-                ),
-                mock.patch.object(module, "sdpa_kernel", module.eager_kernel),  # torch's own draws cannot be given
-            ):
-                output, _ = lsg_attention(*leaves, keep, **arguments(shape, kind, 2), dropout=0.25, kernel=name)
-                (output * weight).sum().backward()
-            results.append([output.detach() * counts(keep), *(leaf.grad for leaf in leaves)])
-        for expected, actual in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), dropout=st.sampled_from([0.0, 0.25]))
+def test_kernels_agree_with_eager(data, kernel, kind, dropout):
+    """Also in gradients, and whatever stands under the mask. What is dropped is given from outside, alike."""
+    fields, rows = data.draw(batches(kind))
+    keep = pad_sequence(rows, batch_first=True)
+    q, k, v = random_states(*keep.shape)
+    mask = Mask(fields, *keep.shape, dropout)
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype) * counts(keep)
+    results = []
+    for name, tensors in (("eager", (q, k, v)), (kernel, (q, *cover(keep, k, v)))):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        with contextlib.ExitStack() as stack:
+            if dropout:
+                stack.enter_context(mock.patch.object(module.F, "dropout", mask.eager))
+                stack.enter_context(
+                    mock.patch.object(lsg_cpu.TiledAttention, "dropout_mask", lambda *place: mask.cpu(*place))
+                )
+                # torch's own draws cannot be given.
+                stack.enter_context(mock.patch.object(module, "sdpa_kernel", module.eager_kernel))
+            output, _ = lsg_attention(*leaves, keep, **fields, dropout=dropout, kernel=name)
+            (output * weight).sum().backward()
+        results.append([output.detach() * counts(keep), *(leaf.grad for leaf in leaves)])
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
 
 
 def test_dropout_is_drawn(kernel):
@@ -226,26 +224,68 @@ def test_rows_up_to_a_length_get_full_attention(kind, kernel):
         assert probabilities[0].isnan().any(-1).any(-1).any(-1).tolist() == [False, False, True, True, False, False]
 
 
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-@pytest.mark.parametrize("g", [0, 1, 5])
-def test_rows_end_to_end_are_rows_alone(kind, g):
-    """A batch of one that holds rows end to end, short ones too, and one with a hole and padding on the left."""
-    seqlens = [g + t for t in (30, 3, 9, 8, 17, 1)]
-    generator = torch.Generator().manual_seed(0)
-    tensors = torch.randn(3, 1, HEADS, sum(seqlens), WIDTH, generator=generator, dtype=torch.float64)
-    keep = torch.ones(1, sum(seqlens), dtype=torch.bool)
-    keep[0, g : g + 2] = keep[0, g + 14] = False
-    options = arguments((4, 4, 2), kind, g)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    packed, _ = lsg_attention(*leaves, keep, **options, seqlens=seqlens)
-    packed.square().sum().backward()
-    others = [tensor.clone().requires_grad_() for tensor in tensors]
-    split = zip(*(x.split(seqlens, 2) for x in others), keep.split(seqlens, 1), strict=True)
-    alone = torch.cat([lsg_attention(*row, **options, kernel="eager")[0] for row in split], dim=2)
-    alone.square().sum().backward()
-    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-9)
-    for leaf, other in zip(leaves, others, strict=True):
-        torch.testing.assert_close(leaf.grad, other.grad, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("seqlens", [None, [31, 42]], ids=["rows", "packed"])
+def test_promoted_tokens_see_all_and_are_seen_by_all(seqlens):
+    """Against one softmax over all tokens under a mask; a token counts once, wherever it is seen from."""
+    g, block = 2, 4
+    options = arguments((block, 0, 2), "none", g)
+    lengths = seqlens or [42, 42]
+    batch, most = len(lengths), max(lengths)
+    q, k, v = torch.randn(3, batch, HEADS, most, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+    mask = torch.arange(most) < torch.tensor(lengths)[:, None]
+    mask[0, 9] = False
+    promoted = torch.zeros(batch, most - g, dtype=torch.bool)
+    promoted[0, [0, 7, 12, 13]] = promoted[1, 20] = True
+    packing = pack_batch(mask[:, None, None], None, g, "cpu" if seqlens else "eager")
+    promotion = promote(promoted, mask[:, None, None], packing, g)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    heads = [packing.pack(x) if packing else x for x in heads]
+    heads = [promotion.insert(x.transpose(1, 2)) for x in heads]
+    options |= {"num_global_tokens": g + promotion.copies, "kernel": "cpu" if seqlens else "eager"}
+    output, _ = lsg_attention(*heads, promotion.mask, **options, seqlens=promotion.seqlens)
+    output = promotion.remove(output).transpose(1, 2)
+    if packing:
+        output = packing.unpack(output.flatten(2)).unflatten(2, (HEADS, WIDTH))
+    place = torch.arange(most) - g
+    near = (place[:, None].div(block, rounding_mode="floor") - place.div(block, rounding_mode="floor")).abs() <= 1
+    everywhere = (place < 0) | torch.nn.functional.pad(promoted & mask[:, g:], (g, 0))
+    seen = (near | everywhere[:, :, None] | everywhere[:, None]) & mask[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+    torch.testing.assert_close(output[mask], expected[mask], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_rows_are_the_same_alone_padded_and_end_to_end(data, kind):
+    fields, rows = data.draw(batches(kind, min_rows=2, max_rows=4))
+    keep, seqlens = pad_sequence(rows, batch_first=True), [len(row) for row in rows]
+    states = random_states(*keep.shape)
+
+    def outputs_and_grads(attend):
+        leaves = [x.clone().requires_grad_() for x in states]
+        outputs = [x * counts(row[None]) for x, row in zip(attend(*leaves), rows, strict=True)]
+        sum(x.square().sum() for x in outputs).backward()
+        return [*outputs, *(x.grad for x in leaves)]
+
+    def split(*tensors):
+        return [[x[i : i + 1, :, : len(row)] for x in tensors] for i, row in enumerate(rows)]
+
+    def alone(*states):
+        parts = zip(split(*states), rows, strict=True)
+        return [lsg_attention(*part, row[None], **fields, kernel="eager")[0] for part, row in parts]
+
+    def padded(*states):
+        return [part[0] for part in split(lsg_attention(*states, keep, **fields, kernel="eager")[0])]
+
+    def end_to_end(*states):
+        packed = [torch.cat(x, dim=2) for x in zip(*split(*states), strict=True)]
+        output, _ = lsg_attention(*packed, torch.cat(rows)[None], **fields, seqlens=seqlens)
+        return output.split(seqlens, dim=2)
+
+    expected = outputs_and_grads(alone)
+    for way in (padded, end_to_end):
+        for one, other in zip(outputs_and_grads(way), expected, strict=True):
+            close(one, other)
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -273,36 +313,6 @@ def test_half_precision_is_near(kind, dtype, kernel):
     output, _ = lsg_attention(*tensors, keep, **options, kernel=kernel)
     exact, _ = lsg_attention(*(x.double() for x in tensors), keep, **options, kernel="eager")
     torch.testing.assert_close(output.double() * counts(keep), exact * counts(keep), rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("kernel", FORMS)
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-def test_what_is_masked_is_not_seen(kind, kernel):
-    q, k, v, keep = inputs(30, dtype=torch.float64)
-    hidden = ~keep[:, None, :, None]
-    options = {**arguments((4, 4, 2), kind), "kernel": kernel}
-    output, _ = lsg_attention(q, k, v, keep, **options)
-    other, _ = lsg_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), keep, **options)
-    torch.testing.assert_close(other * counts(keep), output * counts(keep), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("kernel", FORMS)
-@pytest.mark.parametrize("shape", [(4, 4, 2), (8, 8, 4), (8, 4, 2)], ids=str)
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-def test_padding_on_the_right_changes_nothing(kind, shape, kernel):
-    q, k, v, _ = inputs(61, dtype=torch.float64)
-    options = {**arguments(shape, kind), "kernel": kernel}
-    for length in (1, 2 * shape[0] - 1, 2 * shape[0], 2 * shape[0] + 1, 30, 33):
-        total = 1 + length
-        alone, _ = lsg_attention(q[:, :, :total], k[:, :, :total], v[:, :, :total], keep_all(3, total), **options)
-        keep = keep_all(3, 62)
-        keep[:, total:] = False
-        padded, _ = lsg_attention(q, k, v, keep, **options)
-        torch.testing.assert_close(padded[:, :, :total], alone, rtol=0, atol=1e-9)
-
-
-def keep_all(batch, length):
-    return torch.ones(batch, length, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)

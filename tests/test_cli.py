@@ -128,7 +128,10 @@ def test_names_are_literal_and_colours_the_terminals(bert, tmp_path, monkeypatch
     assert run_command(odd, tmp_path / "lsg") == 3
     error = sys.stderr.getvalue()
     assert set(re.findall(r"\x1b\[([0-9;]*)m", error)) == codes
-    assert without_codes(error).startswith(f"error: --initial_model: '{odd}' is no folder") and error.count("\n") == 1
+    assert (
+        without_codes(error).startswith(f"error: --initial_model: there is no folder '{odd}'")
+        and error.count("\n") == 1
+    )
     odd.parent.mkdir(parents=True)
     odd.symlink_to(bert.source)
     monkeypatch.setattr(sys, "stdout", screen())
@@ -162,10 +165,7 @@ def test_a_wrong_call_is_one_line(bert, tmp_path):
         "--initial_model", bert.source, "--model_name", "lsg", "--max_sequence_length", "many", cwd=tmp_path
     )
     assert result.returncode == 2 and not result.stdout
-    assert (
-        result.stderr
-        == "error: --max_sequence_length/--max-sequence-length: invalid int value: 'many'; --help lists the options\n"
-    )
+    assert result.stderr == "error: --max_sequence_length: got 'many'; give a whole number\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +190,7 @@ def test_interrupted(bert, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("lsg_converter.convert"), "assemble", interrupt)
+    monkeypatch.setattr(importlib.import_module("lsg_converter.conversion"), "assemble", interrupt)
     assert run_command(bert.source, tmp_path / "lsg") == 130
     assert capsys.readouterr().err == "error: interrupted; nothing is left half-written\n"
     assert not list(tmp_path.iterdir())
@@ -203,6 +203,45 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit) as caught:
             cli.main([flag])
         assert caught.value.code == 0 and text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--lenght", "3"], ["--seed", "x"], []])
+def test_flags_are_read_without_torch(flags):
+    code = (
+        "import sys\n"
+        "from lsg_converter.__main__ import main\n"
+        "try:\n    code = main()\n"
+        "except SystemExit as end:\n    code = end.code\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys()\n"
+        "sys.exit(code)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == (0 if flags in (["--help"], ["--version"]) else 2), result.stderr
+
+
+def test_the_package_gives_its_names_when_they_are_asked_for():
+    code = (
+        "import sys, lsg_converter\n"
+        "assert set(lsg_converter.__all__) <= set(dir(lsg_converter)) and 'torch' not in sys.modules\n"
+        "import lsg_converter.conversion\n"
+        "from lsg_converter import *\n"
+        "assert convert is lsg_converter.conversion.convert and issubclass(ConversionError, Exception)\n"
+        "lsg_converter.nothing\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stderr.endswith("AttributeError: module 'lsg_converter' has no attribute 'nothing'\n")
+
+
+@pytest.mark.parametrize("flags", [["--initial_model", "x"], ["--model_name", "x"]])
+def test_what_is_missing(capsys, flags):
+    from lsg_converter import cli
+
+    absent, wanted = {
+        "--initial_model": ("model_name", "the folder to write"),
+        "--model_name": ("initial_model", "the model to convert: a name on the Hugging Face Hub, or a folder"),
+    }[flags[0]]
+    assert cli.main(flags) == 2
+    assert capsys.readouterr().err == f"error: --{absent}: it is missing; give {wanted}; --help lists the options\n"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -184,6 +185,49 @@ def test_every_kind_of_attention_is_verified(source, tmp_path, lsg):
     assert [check.figure for check in exact] == ["to the bit"] * (lsg == {"num_global_tokens": 0})
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "bart", "pegasus"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact(name, dtype, tmp_path):
+    """What the source could read comes out as the source's, at every length, alone and beside a longer text."""
+    source = Golden(name).source
+    report = run(source, tmp_path / "lsg", max_sequence_length=1000, exact=True, dtype=dtype)
+    assert report.lsg["num_global_tokens"] == 0 and report.lsg["full_attention_length"] == 512
+    assert any(check.name == "1, 256, 257, 511, 512 tokens give what the source gives" for check in report.checks)
+    if dtype == "bfloat16":
+        return
+    stock = AutoModel.from_pretrained(source).eval()
+    lsg = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True).eval()
+    ids = torch.randint(5, 100, (3, 700), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([300, 512, 700])
+    mask = (torch.arange(700) < lengths[:, None]).long()
+    more = {"decoder_input_ids": ids[:, :4]} if stock.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        together = lsg(input_ids=ids, attention_mask=mask, **more)
+        for row, length in enumerate(lengths[:2].tolist()):
+            own = {name: value[row : row + 1] for name, value in more.items()}
+            alone = stock(input_ids=ids[row : row + 1, :length], **own)
+            for key in ("last_hidden_state", "encoder_last_hidden_state"):
+                if key in alone:
+                    actual = together[key][row : row + 1, : alone[key].shape[1]]
+                    torch.testing.assert_close(actual, alone[key], rtol=0, atol=5e-5)
+
+
+def test_exact_is_advised_where_a_model_is_used_as_it_is(source, tmp_path):
+    def said(**options):
+        return run(source, tmp_path / "lsg", dry_run=True, **options).advice
+
+    assert said() == [] == said(architecture="BertForSequenceClassification")  # a new head is trained anyway
+    change_config(source, architectures=["BertForSequenceClassification"])
+    (line,) = said()
+    assert line.startswith("--exact gives for texts up to 512 tokens what the source gives")
+    assert said(exact=True) == []
+    change_config(source, architectures=["BertModel"])
+    assert said() == []
+    (source / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.Transformer"}]))
+    assert said() == [line]
+    assert said(model_kwargs={"num_global_tokens": 16})[1].startswith("16 global tokens that nothing has trained")
+
+
 # What is refused; test_faults.py has more.
 
 
@@ -278,7 +322,7 @@ def test_verification_finds_damaged_code(source, tmp_path, monkeypatch, file, ol
 
 
 def test_verification_finds_another_tokenizer(source, tmp_path, monkeypatch):
-    module = importlib.import_module("lsg_converter.convert")
+    module = importlib.import_module("lsg_converter.conversion")
     write = module.write_tokenizer
 
     def write_another(tokenizer, source, folder):

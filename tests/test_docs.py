@@ -159,6 +159,16 @@ def test_links(page):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
+def test_code_is_where_the_pages_say():
+    """A cell that links to files of code holds names that are in these files."""
+    cells = re.findall(r"[^|\n]*\]\(\.\./[^)]+\.py\)[^|\n]*", PAGES["attention.md"])
+    assert len(cells) > 5
+    for cell in cells:
+        code = "".join((ROOT / "docs" / path).read_text() for path in re.findall(r"\((\.\./[^)]+\.py)\)", cell))
+        for name in re.findall(r"`([\w.]+)`", cell):
+            assert all(re.search(rf"\b(def|class) {part}\b", code) for part in name.split(".")), name
+
+
 def test_anchors_are_those_of_github():
     text = "# Kernels, and what they cost\n## With `a_flag`\n## B\n```\n# no\n```\n## B\n"
     assert anchors(text) == {"kernels-and-what-they-cost", "with-a_flag", "b", "b-1"}

@@ -75,6 +75,7 @@ class LSGRobertaModel(torch.nn.Module):
 """
 
 
+@pytest.mark.full
 def test_the_published_implementation_runs_in_a_process_of_its_own(tmp_path):
     """A stand-in for it: what Transformers it needs does not go with ours."""
     package = tmp_path / "published" / "lsg_converter" / "roberta"

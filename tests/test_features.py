@@ -96,9 +96,8 @@ def test_json(source, tmp_path, capsys):
     report = json.loads(output.out)
     assert not output.err
     assert report["architecture"] == "LSGBertForPreTraining" and report["source_positions"] == 512
-    assert {"name": "256 tokens give what the source gives", "figure": "to the bit", "seconds": None} in report[
-        "checks"
-    ]
+    name = "256 tokens give what the source gives"
+    assert {"name": name, "figure": "to the bit", "seconds": None} in report["checks"]
     written = json.loads((tmp_path / "lsg" / "lsg_conversion.json").read_text())
     for name, digest in written["files"].items():
         assert hashlib.sha256((tmp_path / "lsg" / name).read_bytes()).hexdigest() == digest
@@ -346,6 +345,7 @@ def large(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.newest
 def test_memory(large):
     """A conversion needs little more than the size of its source, which is read as it lies on disk."""
@@ -369,7 +369,7 @@ def test_memory(large):
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     code = (
         "import sys\n"
-        "from lsg_converter import cli\n"
+        "from lsg_converter import cli, convert\n"  # the latter with all that it imports
         # Not resource's ru_maxrss, which starts from the peak of the process that started this one.
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
         "before = peak()\n"

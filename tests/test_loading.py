@@ -1,7 +1,10 @@
 """A converted checkpoint loads where this package is not: from a folder, and through the cache of the Hub."""
 
+import ast
+import importlib.metadata
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -54,6 +57,7 @@ def hub_cache(checkpoint: Path, home: Path, repository: str) -> None:
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
 
 
+@pytest.mark.few_families
 def test_fresh_process(converted, tmp_path):
     names = [str(converted), "somebody/lsg-model-v1.5"]
     hub_cache(converted, tmp_path / "home", names[1])
@@ -111,6 +115,18 @@ def test_without_the_flag_it_is_refused(converted, golden):
     for kernel in (None, "eager"):
         model = AutoModel.from_pretrained(converted, trust_remote_code=True, attn_implementation=kernel)
         assert model.config._attn_implementation == (kernel or "sdpa")
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "6.0.0"])
+def test_another_transformers_is_named_before_anything_else(monkeypatch, version):
+    """By the file of ours that each family imports first."""
+    modeling = Path(__file__).parents[1] / "lsg_converter" / "modeling"
+    for path in modeling.glob("modeling_lsg_*.py"):
+        ours = [node.module for node in ast.parse(path.read_text()).body if getattr(node, "level", 0)]
+        assert ours[0] == "lsg_classes"
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    with pytest.raises(ImportError, match=rf"^transformers>=5.10,<6 is required .* found transformers=={version}\.$"):
+        runpy.run_path(str(modeling / "lsg_classes.py"))
 
 
 def test_two_folders_with_one_name(converted, tmp_path):

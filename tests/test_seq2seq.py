@@ -36,35 +36,40 @@ def test_the_decoder_sees_the_global_tokens_that_are_passed_on(load, passed):
     inputs = batch(model, 30, 19)
     decoder_ids = inputs["input_ids"][:, :5]
     outputs = model(**inputs, decoder_input_ids=decoder_ids, output_hidden_states=True)
-    extra = 2 if passed else 0
-    assert outputs.encoder_last_hidden_state.shape[1] == 30 + extra
-    assert {state.shape[1] for state in outputs.encoder_hidden_states} == {30 + extra}
+    assert outputs.encoder_last_hidden_state.shape[1] == 30  # as the mask is
+    assert {state.shape[1] for state in outputs.encoder_hidden_states} == {30}
     assert len(outputs.encoder_hidden_states) == model.config.encoder_layers + 1
     as_tuple = model(**inputs, decoder_input_ids=decoder_ids, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], outputs.logits)
-    # In two steps, as generation does it, from an object and from a tuple.
+    # In two steps, as generation does it.
     encoded = model.get_encoder()(**inputs)
-    for encoder_outputs in (encoded, (encoded.last_hidden_state,)):
-        again = model(
-            encoder_outputs=encoder_outputs, attention_mask=inputs["attention_mask"], decoder_input_ids=decoder_ids
-        )
-        assert torch.equal(again.logits, outputs.logits)
-    # Global tokens reach the decoder's cross-attention, or only the first text token.
-    states = encoded.last_hidden_state.detach().clone().requires_grad_()
-    model(encoder_outputs=(states,), attention_mask=inputs["attention_mask"], decoder_input_ids=decoder_ids).logits[
-        :, -1
-    ].square().sum().backward()
-    seen = states.grad.abs().sum(-1) > 0
-    expected = torch.nn.functional.pad(inputs["attention_mask"].bool(), (extra, 0), value=True)
-    assert torch.equal(seen, expected)
+    assert encoded.last_hidden_state.shape[1] == 30
+    for name, states in encoded.items():
+        encoded[name] = states.detach().requires_grad_()
+    two_steps = {"attention_mask": inputs["attention_mask"], "decoder_input_ids": decoder_ids}
+    again = model(encoder_outputs=encoded, **two_steps)
+    assert torch.equal(again.logits, outputs.logits)
+    # Global tokens reach the decoder's cross-attention, or only the text does.
+    again.logits[:, -1].square().sum().backward()
+    seen = encoded.last_hidden_state.grad.abs().sum(-1) > 0
+    assert torch.equal(seen, inputs["attention_mask"].bool())
+    assert ("global_hidden_state" in encoded) is passed
+    assert not passed or encoded.global_hidden_state.grad.abs().sum(-1).gt(0).all()
+    # States alone are what the decoder then sees.
+    alone = model(encoder_outputs=(encoded.last_hidden_state,), **two_steps)
+    assert torch.equal(alone.logits, outputs.logits) is not passed
 
 
 def test_attentions(load):
     model = load(attn_implementation="eager")
     inputs = batch(model, 30, 30)
-    outputs = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :5], output_attentions=True)
+    inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
+    outputs = model(**inputs, output_attentions=True)
     heads = model.config.encoder_attention_heads
     assert {a.shape for a in outputs.encoder_attentions} == {(2, heads, 30, 2 + 12 + 8)}
+    assert {a.shape for a in model.model(**inputs, output_attentions=True).encoder_global_attentions} == {
+        (2, heads, 2, 32)
+    }
     assert {a.shape for a in outputs.cross_attentions} == {(2, heads, 5, 32)}
     assert {a.shape for a in outputs.decoder_attentions} == {(2, heads, 5, 5)}
 

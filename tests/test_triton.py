@@ -15,11 +15,13 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
+from strategies import KINDS, lengths, masks
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
 from lsg_converter.modeling.lsg_layout import LSGLayout, SparseKeys, flat_rows, pad_to_multiple, take_rows
-from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES, largest_norm
+from lsg_converter.modeling.lsg_sparsity import largest_norm
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
     dropout_keep_mask,
@@ -80,7 +82,10 @@ if INTERPRETED:
     interpreter.InterpreterBuilder.create_dot = dot
 
 runs = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="runs in a process of its own, interpreted")
-tiles = pytest.mark.parametrize("wide", [(torch.float32,), ()], ids=["small tiles", "large tiles"])
+tiles = pytest.mark.parametrize(
+    "wide",
+    [pytest.param((), id="large tiles"), pytest.param((torch.float32,), id="small tiles", marks=pytest.mark.full)],
+)
 HEADS = 2
 
 
@@ -92,9 +97,10 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.newest
 @pytest.mark.skipif(NATIVE or INTERPRETED, reason="the tests run in this process")
-def test_in_the_interpreter():
+@pytest.mark.parametrize("flags", [[], pytest.param(["--full", "-m", "full"], marks=pytest.mark.full)], ids=str)
+def test_in_the_interpreter(flags):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short", __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short", *flags, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
@@ -110,7 +116,7 @@ def inputs(t, g, width, dtype=torch.float32, batch=2):
     keep = torch.ones(batch, g + t, dtype=torch.bool)
     keep[0, g + (3 * t + 3) // 4 :] = False
     keep[1:, g : g + t // 4] = False
-    keep[1:, g + t // 2] = False
+    keep[1:, g + 5 * t // 8] = False  # where t is 225, in a tile behind one that is full
     return [x.requires_grad_() for x in states.clone().unbind()], keep.to(DEVICE)
 
 
@@ -234,17 +240,26 @@ def test_agrees_at_the_default_sizes(factor, monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize("kind", SPARSITY_TYPES)
-def test_agrees_with_eager(kind):
-    t, g = 70, 2
-    arguments = {"block_size": 32, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
-    states, keep = inputs(t, g, 16, batch=1)
-    wide = [x.detach().double().requires_grad_() for x in states]
-    output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **arguments, kernel="triton")
-    expected, _ = lsg_attention(*(x.transpose(1, 2) for x in wide), keep, **arguments, kernel="eager")
-    expected = expected * counts(keep)
-    close([output], [expected])
-    close(gradients(output, states), gradients(expected, wide))
+@settings(max_examples=settings().max_examples // 10)
+@given(
+    data=st.data(),
+    shape=st.sampled_from([(2, 32, 32, 2), (0, 64, 32, 4), (5, 32, 48, 1)]),
+    wide=st.sampled_from([(), (torch.float32,)]),
+)
+def test_agrees_with_eager(data, shape, wide):
+    """A few shapes, each of which the compiler has to see; any length, mask and sparsifier."""
+    fields = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
+    options = dict(zip(fields, shape, strict=True)) | {"sparsity_type": data.draw(st.sampled_from(KINDS))}
+    g, t = shape[0], data.draw(lengths(shape[1], most=4))
+    states, _ = inputs(t, g, 16, batch=1)
+    keep = data.draw(masks(g + t))[None].to(DEVICE)
+    precise = [x.detach().double().requires_grad_() for x in states]
+    expected, _ = lsg_attention(*(x.transpose(1, 2) for x in precise), keep, **options, kernel="eager")
+    with mock.patch.object(lsg_triton, "WIDE_TYPES", wide):
+        output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **options, kernel="triton")
+        output, expected = output * counts(keep), expected * counts(keep)
+        close([output], [expected])
+        close(gradients(output, states), gradients(expected, precise))
 
 
 @runs
@@ -284,10 +299,10 @@ def test_half_precision_is_near(dtype):
 
 
 @runs
+@tiles
 @pytest.mark.parametrize("shape", [(101, 32, 32, 2, 1, 16), (130, 32, 0, 2, 20, 16)], ids=str)
-def test_dropout_agrees_with_its_mask(shape, monkeypatch):
-    against_dense(*shape, dropout=0.3)
-    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", ())
+def test_dropout_agrees_with_its_mask(shape, wide, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
     against_dense(*shape, dropout=0.3)
 
 
@@ -373,6 +388,7 @@ def test_packed_rows_agree_with_rows(wide, monkeypatch):
 
 
 @runs
+@pytest.mark.full
 @pytest.mark.parametrize("packed", [False, True])
 def test_chosen_tokens_are_read_where_they_lie(packed, monkeypatch):
     """As if they had been gathered before."""
@@ -400,6 +416,7 @@ def test_chosen_tokens_are_read_where_they_lie(packed, monkeypatch):
 
 
 @runs
+@pytest.mark.full
 def test_compiles_into_one_graph():
     states, keep = inputs(70, 1, 16, batch=1)
     sparse, sparse_keep = sparse_inputs(70, 32, 2, 16, batch=1)
@@ -531,6 +548,7 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True):
     return kernels
 
 
+@pytest.mark.full
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize(
     "case",

@@ -9,22 +9,40 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.versions import require_version
 
 
-class LSGAttentionSupport:
-    """What Transformers asks a model class about its attention: LSG has its own "eager" and "sdpa", and no others."""
+# Here, since every family imports this file before the others of ours.
+require_version("transformers>=5.10,<6")
 
+
+class LSGPreTrained:
+    """What all LSG models have in common, beside what their families share.
+
+    Transformers asks a model class about its attention: LSG has its own "eager" and "sdpa", and no others.
+    """
+
+    config_class: Any
+    _no_split_modules: Any
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `EncoderDecoderModel` gives its parts stock configurations, and what it saves would come back as stock models.
+        if name == "config" and not isinstance(value, self.config_class):
+            raise ValueError(
+                f"config: got a {type(value).__name__}; {type(self).__name__} needs its {self.config_class.__name__}, "
+                "so it cannot be a part of a model that replaces it, such as EncoderDecoderModel"
+            )
+        super().__setattr__(name, value)
 
-class LSGWrapper(LSGAttentionSupport):
+
+class LSGWrapper(LSGPreTrained):
     """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends."""
 
     lsg_part_class: ClassVar[Any]
-    config_class: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
@@ -39,6 +57,7 @@ class LSGWrapper(LSGAttentionSupport):
                     pools = part.pooler is not None or type(self).__name__.endswith("ForMultipleChoice")
                     options["add_pooling_layer"] = pools
                 setattr(self, name, self.lsg_part_class(config, **options))
+        del self._no_split_modules  # It names modules of the stock part; those of ours are gathered in its place.
         self.post_init()  # type: ignore[attr-defined]
 
 

@@ -112,11 +112,12 @@ class LSGConfig:
         if self.layout.sparse_block_size:
             chunk = self.layout.chunk_size
             require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")
-            require(
-                "sparse_block_size",
-                kind not in ("norm", "lsh") or (chunk % factor == 0 and block % chunk == 0),
-                f"with {kind!r} a multiple of sparsity_factor, {factor}, dividing block_size, {block}, or larger",
-            )
+            if kind in ("norm", "lsh") and (chunk % factor or block % chunk):
+                sizes = [size for size in range(factor, block + 1, factor) if block % size == 0]
+                below, above = ([size for size in sizes if (size > chunk) is more] for more in (False, True))
+                nearest = " or ".join(map(str, below[-1:] + above[:1]))
+                allowed = f"{nearest}, nearest to it (a multiple of sparsity_factor that divides block_size)"
+                require("sparse_block_size", False, allowed)
         heads = getattr(self, "num_attention_heads", factor)
         if kind in ("stride", "block_stride") and factor > heads:
             logger.warning_once(f"sparsity_factor={factor} with {kind!r} and {heads} heads: no head keeps some tokens")

@@ -4,23 +4,33 @@ A family's classes are its stock classes of Transformers with one of these mixed
 Transformers: LSG lives in the modules of a model, and `config._attn_implementation` picks its kernel.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial, wraps
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import TransformersKwargs, logging
 
 from .lsg_attention import ATTN_IMPLEMENTATIONS
-from .lsg_classes import LSGAttentionSupport, define_modules, stock_class
-from .lsg_layout import LSGLayout, is_exporting
-from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention, passes_global_tokens
-from .lsg_packing import find_seqlens, unpack_rows
+from .lsg_classes import LSGPreTrained, define_modules, stock_class
+from .lsg_config import MAX_GLOBAL_TOKENS
+from .lsg_layout import is_exporting
+from .lsg_modules import (
+    CACHE_NAMES,
+    LSGEmbeddings,
+    LSGEncoder,
+    LSGSelfAttention,
+    given_cache,
+)
+from .lsg_packing import Packing, pack_batch, promote
 
 
 logger = logging.get_logger(__name__)
+
+# What every model of Transformers takes beside the arguments of its forward.
+KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "output_attentions", "output_hidden_states", "return_dict"}
 
 
 def argument_names(stock_forward: Callable[..., Any]) -> list[str]:
@@ -31,35 +41,51 @@ def argument_names(stock_forward: Callable[..., Any]) -> list[str]:
 def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the stock forward of a model that reads a text: global tokens go in, and are cut off what comes out.
 
-    The result has the stock signature. It returns hidden states of `t` positions (`g + t` where an encoder passes its
-    global tokens to the decoder). With "eager", `attentions` holds what the text attends to: (batch, heads, t, t) for a
-    text of at most two blocks, else (batch, heads, t, keys), with the keys in the order that `lsg_attention` states;
-    `global_attentions` holds (batch, heads, g, g + t).
+    The result has the stock signature. It returns hidden states of `t` positions. With "eager", `attentions` holds what
+    the text attends to: (batch, heads, t, t) for a text of at most two blocks, else (batch, heads, t, keys), with the
+    keys in the order that `lsg_attention` states; `global_attentions` holds (batch, heads, g, g + t).
+
+    A cache may hold keys and values of `p` tokens in front of the text, as in prefix tuning: all tokens see them. Then
+    `attention_mask` may be (batch, p + t), and probabilities have `p` keys more, in front.
     """
     names = argument_names(stock_forward)
 
     @wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given_cache(kwargs) is not None and not {*CACHE_NAMES} & {*names}:
+            name = type(self).__name__
+            raise ValueError(f"past_key_values: got a cache; {name}, as its stock model, reads none; leave it out")
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        seqlens, length = None, 0
+        promoted, packing, prefix = kwargs.pop("global_attention_mask", None), None, 0
         if tokens is not None:
             self.check_input(tokens, kwargs)
-            mask = kwargs["attention_mask"] = self.extend_mask(kwargs.get("attention_mask"), tokens)
-            seqlens, length = find_seqlens(mask, self.config.kernel), mask.shape[-1]
-            if seqlens is not None:
-                kwargs["seqlens"] = seqlens
+            self.warn_of_unknown(kwargs, names)
+            prefix_mask = self.cut_prefix(kwargs, tokens)
+            kernel = self.config.kernel
+            if prefix_mask is not None:
+                kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
+                kernel = "portable"  # The rows of a cache do not lie end to end.
+            first_token = self.find_first_token(kwargs)
+            mask = self.extend_mask(kwargs.get("attention_mask"), tokens, first_token)
+            packing = pack_batch(mask, first_token, self.config.num_global_tokens, kernel)
+            promoted = self.find_promoted(promoted, mask)
+            if promoted is not None:
+                kwargs["promotion"] = promote(promoted, mask, packing, self.config.num_global_tokens)
+            if packing is not None:
+                kwargs["packing"] = packing
+            kwargs["attention_mask"] = mask
             self.insert_global_tokens(kwargs)
         outputs = stock_forward(self, **kwargs, return_dict=True)
-        self.strip_outputs(outputs, partial(unpack_rows, seqlens=seqlens, length=length))
+        self.strip_outputs(outputs, packing, promoted, prefix)
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
 
 
-class LSGReader(LSGAttentionSupport):
+class LSGReader(LSGPreTrained):
     """Mixed into a model that reads a text: a base model, or an encoder.
 
     Attributes:
@@ -70,7 +96,6 @@ class LSGReader(LSGAttentionSupport):
         replacements: stock classes of modules, and the LSG class of each.
     """
 
-    config_class: Any
     lsg_modules: ClassVar[Mapping[str, type]]
     position_offset: ClassVar[int] = 0
     positions_follow_padding: ClassVar[bool] = False
@@ -82,22 +107,36 @@ class LSGReader(LSGAttentionSupport):
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGReader):
             cls.forward = with_global_tokens(stock.forward)  # type: ignore[attr-defined]
             cls.replacements = define_modules(cls)
+            names = {module.__name__: replacement.__name__ for module, replacement in cls.replacements.items()}
+            cls._no_split_modules = [names.get(name, name) for name in stock._no_split_modules or ()]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.validate()  # A field may have been set since it was made.
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        # In place: the modules keep their weights, and what the stock constructor set on them.
+        self.replace_modules()
+        self.add_global_embeddings(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def replace_modules(self) -> None:
+        """Make LSG modules of the stock ones in place: they keep their weights, and what is set on them."""
         for module in list(self.modules()):  # type: ignore[attr-defined]
             replacement = self.replacements.get(type(module))
             if replacement is not None:
                 module.__class__ = replacement
-                module.config = config
+                module.config = self.config  # type: ignore[attr-defined]
                 if isinstance(module, LSGEmbeddings):
-                    module.add_global_embeddings(config)
-        self.add_global_embeddings(config)
-        self.post_init()  # type: ignore[attr-defined]
+                    module.add_global_embeddings(self.config)  # type: ignore[attr-defined]
 
     def add_global_embeddings(self, config: Any) -> None:
         """Add the table of the global tokens, where no module of the model holds it."""
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """As in Transformers."""
+        super().resize_position_embeddings(new_num_position_embeddings)  # type: ignore[misc]
+        self.replace_modules()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if hasattr(module, "position_ids"):  # which DistilBERT's stock method leaves at its old length
+                module.position_ids = torch.arange(new_num_position_embeddings, device=module.position_ids.device)[None]
 
     @classmethod
     def special_positions(cls, config: Any) -> int:
@@ -111,8 +150,14 @@ class LSGReader(LSGAttentionSupport):
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
-        config, length = self.config, tokens.shape[1]  # type: ignore[attr-defined]
+        config, (rows, length) = self.config, tokens.shape[:2]  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():
+            config.validate_lsg()  # A field may have been set since the last text.
+        cache = given_cache(arguments)
         limit = config.max_position_embeddings - self.counted_positions(config)
+        limit -= 0 if cache is None else cache.get_seq_length()
+        if rows == 0:
+            raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
         if length > limit and arguments.get("position_ids") is None:
@@ -140,7 +185,46 @@ class LSGReader(LSGAttentionSupport):
                 "load the model with attn_implementation='eager'"
             )
 
-    def extend_mask(self, attention_mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    def find_first_token(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+        """The place of each row's first token, shape (batch,), where padding on the left does not change the token's
+        position: then blocks count from it. Else None: they count from place 0."""
+        mask = arguments.get("attention_mask")
+        if mask is None or not (self.positions_follow_padding or arguments.get("position_ids") is not None):
+            return None
+        return (mask != 0).int().argmax(dim=1)
+
+    def find_promoted(self, global_attention_mask: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
+        """The tokens of the text that see all and that all see, boolean, (batch, t); None where there are none, or full
+        attention is theirs anyway. Raises ValueError where they are too many, or the shape does not fit, and in an
+        exported graph, which would be for one number of them."""
+        config = self.config  # type: ignore[attr-defined]
+        g, shape = config.num_global_tokens, (mask.shape[0], mask.shape[-1] - config.num_global_tokens)
+        if global_attention_mask is None:
+            return None
+        if global_attention_mask.shape != shape:
+            got = tuple(global_attention_mask.shape)
+            raise ValueError(f"global_attention_mask: got shape {got}; it must be (batch, tokens), {shape}")
+        if is_exporting():
+            raise ValueError(
+                "global_attention_mask: got one while exporting; an exported graph takes none; leave it out"
+            )
+        promoted = global_attention_mask.to(mask.device) != 0
+        most = int(promoted.sum(dim=1).max())
+        if g + most > MAX_GLOBAL_TOKENS:
+            raise ValueError(
+                f"global_attention_mask: got {most} tokens in a row, beside {g} global tokens; allowed are "
+                f"{MAX_GLOBAL_TOKENS} in all"
+            )
+        return promoted if most and not config.layout.is_short(shape[1]) else None
+
+    def warn_of_unknown(self, arguments: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Warn of arguments that nobody reads; stock models swallow them without a word."""
+        for name in arguments.keys() - {*names, *CACHE_NAMES, *KNOWN_ARGUMENTS}:
+            logger.warning_once(f"{name}: {type(self).__name__} has no such argument, and ignores it")
+
+    def extend_mask(
+        self, attention_mask: torch.Tensor | None, tokens: torch.Tensor, first_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The mask of global tokens and text: boolean, (batch, 1, 1, g + t), which Transformers leaves as it is.
 
         `attention_mask` is (batch, t), and zero where a token is padding; None means that there is no padding.
@@ -155,36 +239,69 @@ class LSGReader(LSGAttentionSupport):
         else:
             mask = attention_mask.to(device=tokens.device, dtype=torch.bool)
         if config.mask_first_token:
-            mask = mask & (torch.arange(shape[1], device=mask.device) > 0)
+            places = torch.arange(shape[1], device=mask.device)
+            mask = mask & (places != (0 if first_token is None else first_token[:, None]))
         mask = torch.cat([mask.new_ones(shape[0], config.num_global_tokens), mask], dim=1)
         return mask[:, None, None]
+
+    def cut_prefix(self, arguments: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a cache's tokens, (batch, p), cut off `attention_mask`; None where there is no cache."""
+        cache, mask = given_cache(arguments), arguments.get("attention_mask")
+        if cache is None:
+            return None
+        rows, length = tokens.shape[:2]
+        p = cache.get_seq_length()
+        if mask is None or mask.shape != (rows, p + length):
+            return torch.ones(rows, p, dtype=torch.bool, device=tokens.device)
+        arguments["attention_mask"] = mask[:, p:]
+        return mask[:, :p].to(device=tokens.device, dtype=torch.bool)
 
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings module does not."""
 
-    def strip_outputs(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Cut the global tokens off the captured states and probabilities. The last state has none any more.
-
-        `unpack` makes a padded batch again of states whose rows stand end to end.
-        """
+    def strip_outputs(self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None, prefix: int) -> None:
+        """Cut the global tokens off the captured states and probabilities, and unpack them. The last state is done."""
         config = self.config  # type: ignore[attr-defined]
         g = config.num_global_tokens
         if outputs.get("hidden_states"):
             *inner, last = outputs["hidden_states"]
-            first = 0 if passes_global_tokens(config) else g
-            inner = [None if states is None else unpack(states)[:, first:] for states in inner]
+            unpack = packing.unpack if packing is not None else lambda states: states
+            inner = [None if states is None else unpack(states)[:, g:] for states in inner]
             outputs["hidden_states"] = (*inner, last)
-        split_attentions(outputs, config.layout)
+        split_attentions(outputs, config, prefix, None if packing is None else packing.first_token, promoted)
 
 
-def split_attentions(outputs: Any, layout: LSGLayout) -> None:
-    """Split the captured probabilities into those of the text and those of the global tokens."""
-    if outputs.get("attentions"):
-        text, to_all = zip(*outputs["attentions"], strict=True)
-        if layout.is_short(text[0].shape[2]):
-            text = tuple(probabilities[..., layout.num_global_tokens :] for probabilities in text)
-        outputs["attentions"] = text
-        outputs["global_attentions"] = to_all
+def split_attentions(
+    outputs: Any, config: Any, prefix: int, first_token: torch.Tensor | None, promoted: torch.Tensor | None
+) -> None:
+    """Split the captured probabilities into those of the text and those of the global tokens.
+
+    Rows that were read from their first token on get their places back. Promoted tokens have theirs behind the global
+    tokens', and NaN among those of the text.
+    """
+    if not outputs.get("attentions"):
+        return
+    text, to_all = zip(*outputs["attentions"], strict=True)
+    length = text[0].shape[2]
+    full = config.layout.is_short(length)
+    if full:
+        stop = prefix + config.num_global_tokens
+        text = tuple(torch.cat([x[..., :prefix], x[..., stop:]], dim=-1) for x in text)
+    if first_token is not None:
+        places = (torch.arange(length, device=text[0].device) - first_token[:, None]) % length
+        text = tuple(torch.take_along_dim(x, places[:, None, :, None], dim=2) for x in text)
+        to_all = tuple(_with_places(x, places) for x in to_all)
+        if full:
+            text = tuple(_with_places(x, places) for x in text)
+    if promoted is not None:
+        text = tuple(x.masked_fill(promoted[:, None, :, None], torch.nan) for x in text)
+    outputs["attentions"], outputs["global_attentions"] = text, to_all
+
+
+def _with_places(probabilities: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The last keys, which are those of the text, in the order of `places`, (batch, t)."""
+    others, text = probabilities.split([probabilities.shape[-1] - places.shape[1], places.shape[1]], dim=-1)
+    return torch.cat([others, torch.take_along_dim(text, places[:, None, None], dim=-1)], dim=-1)
 
 
 class LSGModel(LSGReader):

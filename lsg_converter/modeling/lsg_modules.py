@@ -1,13 +1,18 @@
 """What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .lsg_attention import lsg_attention
 from .lsg_config import MAX_GLOBAL_TOKENS
-from .lsg_packing import pack_rows, unpack_rows
+from .lsg_packing import Packing, Promotion
+
+
+CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
 
 
 class LSGEmbeddings:
@@ -49,11 +54,9 @@ class LSGPositions:
         return self.weight[first : first + length]
 
 
-class LSGComputedPositions(LSGPositions):
-    """The same for positions that are not trained."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().forward(*args, **kwargs).detach()
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among the arguments of a forward, by either name that Transformers has; or None."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 class LSGSelfAttention:
@@ -70,24 +73,37 @@ class LSGSelfAttention:
         attention_mask: torch.Tensor,
         *args: Any,
         seqlens: list[int] | None = None,
+        promotion: Promotion | None = None,
+        prefix_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
-        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens)."""
+        they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens).
+        `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to."""
         heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
         query, key, value = (
             getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
         )
+        arguments, mask = self.config.attention_arguments, attention_mask[:, 0, 0]
+        if promotion is not None:
+            query, key, value = (promotion.insert(x) for x in (query, key, value))
+            mask, seqlens = promotion.mask, promotion.seqlens
+            arguments["num_global_tokens"] += promotion.copies
+        prefix = 0
+        if prefix_mask is not None:
+            # All see the tokens of a cache: they are global ones, but for their own outputs, which nobody asks for.
+            key, value = given_cache(kwargs).update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+            prefix = prefix_mask.shape[1]
+            query, mask = F.pad(query, (0, 0, prefix, 0)), torch.cat([prefix_mask, mask], dim=1)
+            arguments["num_global_tokens"] += prefix
         dropout = getattr(self, self.dropout_name)
-        output, probabilities = lsg_attention(
-            query,
-            key,
-            value,
-            attention_mask[:, 0, 0],
-            **self.config.attention_arguments,
-            dropout=getattr(dropout, "p", dropout) if self.training else 0.0,
-            seqlens=seqlens,
-        )
+        dropout = getattr(dropout, "p", dropout) if self.training else 0.0
+        output, probabilities = lsg_attention(query, key, value, mask, **arguments, dropout=dropout, seqlens=seqlens)
+        output = output[:, :, prefix:]
+        if probabilities is not None:
+            probabilities = probabilities[0], probabilities[1][:, :, prefix:]
+        if promotion is not None:
+            output = promotion.remove(output)
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
 
     def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -104,25 +120,27 @@ class LSGSeq2SeqAttention(LSGSelfAttention):
         return self.out_proj(output)  # type: ignore[attr-defined]
 
 
-def strip_global_tokens(states: torch.Tensor, config: Any) -> torch.Tensor:
-    """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width)."""
+def strip_global_tokens(states: torch.Tensor, config: Any, first_token: torch.Tensor | None = None) -> torch.Tensor:
+    """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width).
+
+    With `pool_with_global` the state of the first token of the text, whose places are `first_token` where they are not
+    0, is that of the first global token. So is that at place 0, which heads read, also where there is padding.
+    """
     g = config.num_global_tokens
     text = states[:, g:]
-    if config.pool_with_global and g > 0:
-        # Joined slices would bring conditions on their lengths into an exported graph.
-        first = torch.arange(text.shape[1], device=text.device) == 0
-        return torch.where(first[:, None], states[:, :1], text)
-    return text
-
-
-def passes_global_tokens(config: Any) -> bool:
-    """Whether an encoder gives a decoder its global tokens too."""
-    return getattr(config, "pass_global_tokens_to_decoder", False)
+    if not config.pool_with_global or g == 0:
+        return text
+    # Joined slices would bring conditions on their lengths into an exported graph.
+    places = torch.arange(text.shape[1], device=text.device)
+    first = places == 0
+    if first_token is not None:
+        first = first | (places == first_token[:, None])
+    return torch.where(first[..., None], states[:, :1], text)
 
 
 class LSGEncoder:
-    """Mixed into a family's stack of layers. The layers see rows end to end, where the kernel takes them; what leaves
-    the stack, for poolers and heads, has the positions of the text."""
+    """Mixed into a family's stack of layers. The layers see a packed batch; what leaves the stack, for poolers and
+    heads, has the positions of the text."""
 
     config: Any
 
@@ -131,14 +149,15 @@ class LSGEncoder:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
         *args: Any,
-        seqlens: list[int] | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> Any:
-        length = hidden_states.shape[1]
-        if seqlens is not None:
-            hidden_states, attention_mask = pack_rows(hidden_states, attention_mask, seqlens)
-            kwargs["seqlens"] = seqlens
-        outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        states = unpack_rows(outputs.last_hidden_state, seqlens, length)
-        outputs["last_hidden_state"] = strip_global_tokens(states, self.config)
+        if packing is None:
+            outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config)
+            return outputs
+        states, kwargs["seqlens"] = packing.pack(hidden_states), packing.seqlens
+        outputs = super().forward(states, packing.mask, *args, **kwargs)  # type: ignore[misc]
+        states = packing.unpack(outputs.last_hidden_state)
+        outputs["last_hidden_state"] = strip_global_tokens(states, self.config, packing.first_token)
         return outputs

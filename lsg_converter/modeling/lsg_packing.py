@@ -1,35 +1,143 @@
-"""Rows end to end: a batch without its padding, as one row."""
+"""How the rows of a batch lie while layers read them: end to end, without padding, or from their first token on.
+
+Attention counts blocks from the start of a row, and its cost by the tokens that it is given. So the states of a batch
+are packed once in front of the layers, and unpacked once behind them.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from .lsg_cpu import cpu_kernel_serves
 
 
-def find_seqlens(attention_mask: torch.Tensor, kernel: str) -> list[int] | None:
-    """How many tokens each row of a batch has up to its last that is not masked, the globals included; None where all
-    rows have as many, or where the kernel takes no packed rows. `attention_mask` is (batch, 1, 1, g + t)."""
-    if kernel not in ("sdpa", "cpu") or torch.compiler.is_compiling() or not cpu_kernel_serves(attention_mask):
-        return None
+class Packing(NamedTuple):
+    """Where the tokens of a padded batch, (batch, length), lie for the layers.
+
+    Attributes:
+        tokens: int64, one-dimensional: which token of the batch stands at each place, counted through all rows.
+        shape: of the packed batch, (rows, tokens).
+        mask: boolean, shape (rows, 1, 1, tokens): True where a token may be attended to.
+        seqlens: the tokens of each row, the globals included, where the packed batch is one row that holds them all.
+        first_token: the place in the text of each row's first token, shape (batch,), where it is not always 0.
+        batch_shape: (batch, length).
+    """
+
+    tokens: torch.Tensor
+    shape: tuple[int, int]
+    mask: torch.Tensor
+    seqlens: list[int] | None
+    first_token: torch.Tensor | None
+    batch_shape: tuple[int, int]
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, length, ...) to (rows, tokens, ...)."""
+        # Not `unflatten`: the older exporter to ONNX would take its shape for a constant.
+        return states.flatten(0, 1).index_select(0, self.tokens).view(*self.shape, *states.shape[2:])
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """The reverse, with zeros for what was left out."""
+        batch, length = self.batch_shape
+        padded = states.new_zeros(batch * length, states.shape[-1])
+        return padded.index_copy(0, self.tokens, states.flatten(0, 1)).view(batch, length, -1)
+
+
+def pack_batch(attention_mask: torch.Tensor, first_token: torch.Tensor | None, g: int, kernel: str) -> Packing | None:
+    """How a batch is packed for a kernel; None where it stays as it is.
+
+    Args:
+        attention_mask: boolean, shape (batch, 1, 1, g + t), of globals and text.
+        first_token: the place in the text from which on the blocks of a row count, shape (batch,); None for 0.
+        g: `num_global_tokens`.
+        kernel: as `lsg_attention` takes it.
+    """
     mask = attention_mask[:, 0, 0]
-    seqlens = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).clamp(min=1).tolist()
-    return None if min(seqlens) == mask.shape[1] else seqlens
+    batch, length = mask.shape
+    places = torch.arange(length, device=mask.device)
+    rows = length * torch.arange(batch, device=mask.device)[:, None]
+    start = g if first_token is None else g + first_token[:, None]
+    if kernel in ("sdpa", "cpu") and cpu_kernel_serves(mask) and not torch.compiler.is_compiling():
+        last = (mask * places).amax(dim=1, keepdim=True).clamp(min=0 if g else start)
+        kept = (places < g) | ((places >= start) & (places <= last))
+        seqlens = kept.sum(dim=1).tolist()
+        if min(seqlens) == length:
+            return None
+        tokens, shape = (rows + places)[kept], (1, sum(seqlens))
+    elif first_token is not None:
+        text = g + (first_token[:, None] + places[: length - g]) % (length - g)
+        tokens = (rows + torch.cat([places[:g].expand(batch, -1), text], dim=1)).flatten()
+        shape, seqlens = (batch, length), None
+    else:
+        return None
+    packed_mask = mask.flatten().index_select(0, tokens).view(shape)[:, None, None]
+    return Packing(tokens, shape, packed_mask, seqlens, first_token, (batch, length))
 
 
-def pack_rows(
-    states: torch.Tensor, attention_mask: torch.Tensor, seqlens: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put rows end to end, without their padding: states to (1, tokens, width), the mask to (1, 1, 1, tokens)."""
-    rows = zip(states.unbind(), attention_mask[:, 0, 0].unbind(), seqlens, strict=True)
-    packed, masks = zip(*((row[:length], mask[:length]) for row, mask, length in rows), strict=True)
-    return torch.cat(packed)[None], torch.cat(masks)[None, None, None]
+class Promotion(NamedTuple):
+    """Tokens of the text that see all tokens and that all tokens see, as copies which stand behind the global tokens.
+
+    Where such a token stands in the text it is masked, so that no query sees it twice, and its output is the copy's.
+
+    Attributes:
+        copies: in each row; one with fewer such tokens has masked copies beside theirs.
+        order: int64, one-dimensional: which token stands at each place of the rows with copies.
+        inverse: int64, one-dimensional: at which of those places the output of each token is.
+        shape: of the batch with copies, (rows, tokens).
+        mask: boolean, of that shape.
+        seqlens: the tokens of each row with its copies, where one row holds all.
+    """
+
+    copies: int
+    order: torch.Tensor
+    inverse: torch.Tensor
+    shape: tuple[int, int]
+    mask: torch.Tensor
+    seqlens: list[int] | None
+
+    def insert(self, heads: torch.Tensor) -> torch.Tensor:
+        """Put the copies in: (rows, heads, tokens, head_dim), with more tokens."""
+        return _take(heads, self.order, self.shape)
+
+    def remove(self, heads: torch.Tensor) -> torch.Tensor:
+        """Take them out again, and leave their output where the token stands."""
+        rows = self.shape[0]
+        return _take(heads, self.inverse, (rows, len(self.inverse) // rows))
 
 
-def unpack_rows(states: torch.Tensor, seqlens: list[int] | None, length: int) -> torch.Tensor:
-    """The reverse, with zeros for padding: (1, tokens, width) to (batch, length, width). Nothing to do where `seqlens`
-    is None."""
-    if seqlens is None:
-        return states
-    padded = pad_sequence(states[0].split(seqlens), batch_first=True)
-    return F.pad(padded, (0, 0, 0, length - padded.shape[1]))
+def _take(heads: torch.Tensor, index: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return heads.transpose(1, 2).flatten(0, 1).index_select(0, index).unflatten(0, shape).transpose(1, 2)
+
+
+def promote(promoted: torch.Tensor, attention_mask: torch.Tensor, packing: Packing | None, g: int) -> Promotion:
+    """Promote the tokens of the text that `promoted` says, for the layers of a batch.
+
+    Args:
+        promoted: boolean, shape (batch, t).
+        attention_mask: boolean, shape (batch, 1, 1, g + t); what is masked is not promoted.
+        packing: how the layers see the batch, if it is packed.
+        g: `num_global_tokens`.
+    """
+    mask = attention_mask[:, 0, 0]
+    promoted, seqlens = F.pad(promoted, (g, 0)) & mask, None
+    if packing is not None:
+        promoted, mask, seqlens = packing.pack(promoted), packing.mask[:, 0, 0], packing.seqlens
+    rows, tokens = mask.shape
+    lengths = seqlens or [tokens] * rows
+    places = [row.nonzero()[:, 0] for row in promoted.flatten().split(lengths)]
+    copies = max(map(len, places))
+    order, masks, inverse = [], [], []
+    first = 0
+    for row, (own_places, own_mask) in enumerate(zip(places, (mask & ~promoted).flatten().split(lengths), strict=True)):
+        own = first + torch.arange(len(own_mask), device=mask.device)
+        missing = copies - len(own_places)
+        order += [own[:g], first + own_places, own[:1].expand(missing), own[g:]]
+        masks += [own_mask[:g], own_mask.new_ones(len(own_places)), own_mask.new_zeros(missing), own_mask[g:]]
+        start = first + row * copies  # of the row with its copies
+        of_row = start + own - first + copies * (own >= first + g)
+        of_row[own_places] = start + g + torch.arange(len(own_places), device=mask.device)
+        inverse.append(of_row)
+        first += len(own)
+    shape = (1, first + copies * len(places)) if seqlens else (rows, tokens + copies)
+    new_seqlens = [length + copies for length in seqlens] if seqlens else None
+    return Promotion(copies, torch.cat(order), torch.cat(inverse), shape, torch.cat(masks).view(shape), new_seqlens)

@@ -8,19 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
 
 from .lsg_classes import LSGWrapper, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_modeling import LSGReader, argument_names
 from .lsg_modules import (
-    LSGComputedPositions,
+    CACHE_NAMES,
     LSGPositions,
     LSGSeq2SeqAttention,
     global_tokens,
-    passes_global_tokens,
     strip_global_tokens,
 )
-from .lsg_packing import pack_rows
+from .lsg_packing import Packing
+
+
+logger = logging.get_logger(__name__)
+
+
+def passes_global_tokens(config: Any) -> bool:
+    """Whether an encoder gives a decoder its global tokens too."""
+    return getattr(config, "pass_global_tokens_to_decoder", False)
 
 
 class LSGSeq2SeqEncoder(LSGReader):
@@ -31,7 +40,7 @@ class LSGSeq2SeqEncoder(LSGReader):
 
     lsg_modules = {
         "LearnedPositionalEmbedding": LSGPositions,
-        "SinusoidalPositionalEmbedding": LSGComputedPositions,
+        "SinusoidalPositionalEmbedding": LSGPositions,
         "Attention": LSGSeq2SeqAttention,
     }
     scales_outside: ClassVar[bool] = False
@@ -45,22 +54,26 @@ class LSGSeq2SeqEncoder(LSGReader):
             text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
-        tokens = global_tokens(self, text).to(text.dtype)
-        text = text + self.embed_positions(length=text.shape[1])  # type: ignore[attr-defined]
-        states, mask = torch.cat([tokens, text], dim=1), arguments["attention_mask"]
-        if arguments.get("seqlens") is not None:
-            states, mask = pack_rows(states, mask, arguments["seqlens"])
-        arguments["inputs_embeds"], arguments["attention_mask"] = states, mask
+        tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
+        text = text + self.embed_positions(length=text.shape[1]).to(text.device)  # type: ignore[attr-defined]
+        states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
+        if packing is not None:
+            states, arguments["attention_mask"] = packing.pack(states), packing.mask
+            arguments["seqlens"] = packing.seqlens
+        arguments["inputs_embeds"] = states
 
-    def strip_outputs(self, outputs: Any, unpack: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        config = self.config  # type: ignore[attr-defined]
-        last = unpack(outputs.last_hidden_state)
-        if not passes_global_tokens(config):
-            last = strip_global_tokens(last, config)
-        outputs["last_hidden_state"] = last
+    def strip_outputs(self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None, prefix: int) -> None:
+        config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
+        if packing is not None:
+            last = packing.unpack(last)
+        text = strip_global_tokens(last, config)
+        if passes_global_tokens(config):
+            g = config.num_global_tokens
+            outputs["global_hidden_state"], text = last[:, :g], last[:, g:]
+        outputs["last_hidden_state"] = text
         if outputs.get("hidden_states"):
-            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], last)
-        super().strip_outputs(outputs, unpack)
+            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], text)
+        super().strip_outputs(outputs, packing, promoted, prefix)
 
 
 class LSGSeq2SeqModel(LSGWrapper):
@@ -77,6 +90,14 @@ class LSGSeq2SeqModel(LSGWrapper):
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGSeq2SeqModel):
             cls.forward = with_lsg_encoder(stock.forward)  # type: ignore[attr-defined]
 
+    def train(self, mode: bool = True) -> Any:
+        """As in torch. Loading makes computed positions trainable, and ends in `eval`; here they are frozen again."""
+        super().train(mode)  # type: ignore[misc]
+        if self.sinusoidal_positions:
+            for part in (self.encoder, self.decoder):  # type: ignore[attr-defined]
+                part.embed_positions.requires_grad_(False)
+        return self
+
     @classmethod
     def special_positions(cls, config: Any) -> int:
         """As `LSGReader.special_positions`."""
@@ -89,7 +110,11 @@ class LSGSeq2SeqModel(LSGWrapper):
 
 
 def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on."""
+    """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on.
+
+    The encoder's states are those of the text, (batch, t, width), as the mask is; those of the global tokens are its
+    `global_hidden_state`. Its `global_attentions` are returned as `encoder_global_attentions`.
+    """
     names = argument_names(stock_forward)
 
     @wraps(stock_forward)
@@ -97,7 +122,8 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
         if kwargs.get("encoder_outputs") is None:
-            others = {name: value for name, value in kwargs.items() if name not in (*names, "return_dict")}
+            for_both = (*names, *CACHE_NAMES, "return_dict")
+            others = {name: value for name, value in kwargs.items() if name not in for_both}
             kwargs["encoder_outputs"] = self.encoder(
                 input_ids=kwargs.get("input_ids"),
                 attention_mask=mask,
@@ -105,9 +131,24 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 return_dict=True,
                 **others,
             )
-        if mask is not None:
-            passed = kwargs["encoder_outputs"][0].shape[1] - mask.shape[-1]
-            kwargs["attention_mask"] = F.pad(mask, (passed, 0), value=1)
-        return stock_forward(self, **kwargs)
+        encoded = kwargs["encoder_outputs"]
+        text, global_states = encoded[0], getattr(encoded, "global_hidden_state", None)
+        if global_states is not None:
+            states = torch.cat([global_states, text], dim=1)
+            captured = {name: encoded.get(name) for name in ("hidden_states", "attentions")}
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states, **captured)
+            if mask is not None:
+                kwargs["attention_mask"] = F.pad(mask, (global_states.shape[1], 0), value=1)
+        elif passes_global_tokens(self.config) and self.config.num_global_tokens:
+            logger.warning_once(
+                "encoder_outputs: they have no global_hidden_state, so the decoder sees the states of the text alone; "
+                "pass on what the encoder returned"
+            )
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = stock_forward(self, **kwargs, return_dict=True)
+        outputs["encoder_last_hidden_state"] = text
+        if getattr(encoded, "global_attentions", None) is not None:
+            outputs["encoder_global_attentions"] = encoded.global_attentions
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     return forward

@@ -1,10 +1,11 @@
 """The story of a conversion: read, build, operate, write, verify."""
 
 import tempfile
+import warnings
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
@@ -13,10 +14,32 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import families, hub, surgery, verify
 from .card import write_card
-from .options import MAX_SEQUENCE_LENGTH, ConversionOptions, OptionError, SourceError, first_line, parse_literals
-from .report import ConversionReport, hashes
+from .companions import (
+    MULTI_VECTOR,
+    PROJECTION,
+    left_out,
+    sentence_class,
+    with_limits,
+    write_colbert,
+    write_companions,
+    write_tokenizer,
+)
+from .options import (
+    MAX_SEQUENCE_LENGTH,
+    ConversionOptions,
+    OptionError,
+    SourceError,
+    check_type,
+    first_line,
+    parse_literals,
+)
+from .report import FILE_NAME, ConversionReport, hashes
 from .source import SOURCE_FAULTS, Source
-from .target import check_target, staged, write_companions, write_tokenizer, writing
+from .target import check_target, staged, writing
+
+
+# In the names of classes whose head was trained on a task.
+TRAINED_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 
 def convert(options: ConversionOptions, announce: verify.Announce = lambda step: None) -> ConversionReport:
@@ -55,7 +78,13 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
             model.save_pretrained(folder)
             if source.tokenizer is not None:
                 write_tokenizer(source.tokenizer, source, folder)
-            report.is_sentence_model = write_companions(source, folder)
+            write_companions(source, folder)
+            if source.is_colbert and sentence_class(folder) is None and PROJECTION in report.dropped_weights:
+                write_colbert(source, folder)
+                report.dropped_weights.remove(PROJECTION)
+                report.changed.append(f"{PROJECTION}: the module 1_Dense")
+            report.sentence_class = sentence_class(folder)
+            report.left_out = left_out(source, folder, ("README.md", FILE_NAME))
         del original, model
 
         if not options.no_verify:
@@ -117,26 +146,50 @@ def plan(source: Source, config: Any) -> ConversionReport:
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
         warnings=list(source.warnings),
+        advice=advice(source, config),
     )
+
+
+def advice(source: Source, config: Any) -> list[str]:
+    """What suits a model that is likely used without training it again: one for sentences, or with a trained head."""
+    trained_head = source.has_own_head and any(part in source.lsg_class.__name__ for part in TRAINED_HEADS)
+    if source.options.exact or source.is_lsg or not (trained_head or sentence_class(source.folder)):
+        return []
+    g, kept = config.num_global_tokens, source.positions
+    result = [f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"]
+    if g > 1:
+        result.append(f"{g} global tokens that nothing has trained change much of what it gives; take 1, or none")
+    return result
 
 
 def lsg_config(source: Source) -> Any:
     """The configuration of the converted model. Raises OptionError where a field is not allowed."""
     options, base_class = source.options, source.family.base_class
     kwargs = parse_literals(options.model_kwargs)
-    known = source.family.lsg_fields
-    for name in kwargs:
+    known, hints = source.family.lsg_fields, get_type_hints(source.family.config_class.__bases__[0])
+    for name, value in kwargs.items():
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
+        check_type(f"model_kwargs: {name}", value, hints[name])
+    if options.exact:
+        kwargs |= {"num_global_tokens": 0, "full_attention_length": source.positions}
+    length = options.max_sequence_length
+    positions = length + base_class.counted_positions(source.config)
+    # Pegasus repeats its positions in `task_specific_params`.
+    content = with_limits(source.config.to_dict(), positions, ("max_position_embeddings", "n_positions"))
     changes = {
         **kwargs,
-        "max_position_embeddings": options.max_sequence_length + base_class.counted_positions(source.config),
         "auto_map": dict(source.family.auto_map),  # a copy: saving a model changes it
     }
+    if "attention_kernel" not in kwargs and (source.is_colbert or sentence_class(source.folder) == MULTI_VECTOR):
+        changes["attention_kernel"] = "portable"
+        source.warnings.append(
+            "attention_kernel is 'portable': queries of a ColBERT use the states of padding, which others leave out"
+        )
     try:
-        return source.family.config_class.from_dict({**source.config.to_dict(), **changes})
+        return source.family.config_class.from_dict({**with_limits(content, length), **changes})
     except StrictDataclassError as error:
         message = first_line(error.__cause__ or error)
         if source.is_lsg or any(name in message for name in known):
@@ -197,7 +250,13 @@ def assemble(model: PreTrainedModel, source: Source, original: PreTrainedModel) 
 
 
 class LSGConverter:
-    """Converts models to read up to `max_sequence_length` tokens."""
+    """Converts models to read up to `max_sequence_length` tokens.
+
+    Attributes:
+        report: what the last conversion did.
+    """
+
+    report: ConversionReport
 
     def __init__(self, max_sequence_length: int = 4096) -> None:
         self.max_sequence_length = max_sequence_length
@@ -214,7 +273,12 @@ class LSGConverter:
 
         Returns:
             The model and its tokenizer (None where the source has none). `save_pretrained` writes a checkpoint that
-            loads without this package.
+            loads without this package. Modules of sentence-transformers, the licence and the card are not part of it:
+            `convert` writes them too.
+
+        Warns:
+            UserWarning: for each of the report's warnings, weights that are new or left out, and modules of
+                sentence-transformers.
 
         Raises:
             ConversionError: where the model cannot be converted.
@@ -231,7 +295,17 @@ class LSGConverter:
                 max_sequence_length=self.max_sequence_length,
                 **given,
             )
-            report = convert(options)
+            report = self.report = convert(options)
+            lines = [f"new weights, untrained: {', '.join(report.new_weights)}"] if report.new_weights else []
+            if report.dropped_weights:
+                lines.append(f"weights of the source that were left out: {', '.join(report.dropped_weights)}")
+            if report.sentence_class:
+                lines.append(
+                    "the source's modules of sentence-transformers are not part of what is returned; "
+                    f"lsg_converter.convert writes a folder with them, which {report.sentence_class} loads"
+                )
+            for line in (*report.warnings, *lines):
+                warnings.warn(f"{initial_model}: {line}", stacklevel=2)
             auto_class = families.auto_class(report.auto_class)
             model = auto_class.from_pretrained(target, trust_remote_code=True, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(target) if report.has_tokenizer else None
