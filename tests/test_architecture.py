@@ -36,7 +36,14 @@ BELOW = {
     "modeling/lsg_packing": {"lsg_cpu"},
     "modeling/lsg_classes": set(),
     "modeling/lsg_modules": {"lsg_attention", "lsg_config", "lsg_packing"},
-    "modeling/lsg_modeling": {"lsg_attention", "lsg_classes", "lsg_config", "lsg_modules", "lsg_packing"},
+    "modeling/lsg_modeling": {
+        "lsg_attention",
+        "lsg_classes",
+        "lsg_config",
+        "lsg_layout",
+        "lsg_modules",
+        "lsg_packing",
+    },
     "modeling/lsg_seq2seq": {"lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_packing"},
 }
 

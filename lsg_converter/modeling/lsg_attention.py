@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
-from .lsg_layout import KeyValues, LSGLayout, SparseKeys, pad_to_multiple, take_windows
+from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
 from .lsg_sparsity import sparsify
 from .lsg_triton import fused_attention, triton_serves
 
@@ -156,7 +156,7 @@ def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: 
         kernel = "portable"
         if cpu_kernel_serves(query):
             kernel = "cpu"
-        elif triton_serves(query, layout) is None and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+        elif triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
             fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0)
             kernel = "triton" if fault is None else "portable"
@@ -240,7 +240,7 @@ def blockwise_attention(
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """LSG attention by a call of `attend` for the text, and one for the globals: the form for every device, for
     compiling and for export. What each block sees is gathered, all blocks at once. Shapes as in `lsg_attention`."""
-    g, heads, text_length = layout.num_global_tokens, query.shape[1], query.shape[2] - layout.num_global_tokens
+    g, (_, heads, length, _) = layout.num_global_tokens, query.shape
 
     def whole_blocks(tokens: torch.Tensor) -> torch.Tensor:
         """The text, padded."""
@@ -266,25 +266,33 @@ def blockwise_attention(
     seen_mask = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
     blocks = text_query.unflatten(2, (num_blocks, layout.block_size)).flatten(1, 2)
     text_output, text_probabilities = attend(blocks, seen_key, seen_value, seen_mask[:, :, None], dropout)
-    text_output = text_output.view(text_query.shape)[:, :, :text_length]
+    text_output = take_first(text_output.view(text_query.shape), length - g)
 
     global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
     output = torch.cat([global_output, text_output], dim=2)
     probabilities = None
     if text_probabilities is not None and global_probabilities is not None:
-        text_probabilities = text_probabilities.view(*text_query.shape[:3], -1)[:, :, :text_length]
+        text_probabilities = text_probabilities.view(*text_query.shape[:3], -1)[:, :, : length - g]
         probabilities = text_probabilities, global_probabilities
     if not layout.mixes_full_attention:
         return output, probabilities
 
     # Both forms for all rows, so that the graph of `torch.compile` stays whole; each row then takes its own.
-    stop, two_blocks = g + layout.full_attention_length, g + 2 * layout.block_size
-    short = ~attention_mask[:, stop:].any(dim=1)[:, None, None, None]
-    start = (x[:, :, :stop] for x in (query, key, value))
-    full_output, _ = attend(*start, mask[:, :, None, :stop], dropout)
-    output = torch.cat([torch.where(short, full_output, output[:, :, :stop]), output[:, :, stop:]], dim=2)
+    stop = g + layout.full_attention_length
+    place = torch.arange(length, device=query.device)  # no slices, which depend on whether the text goes so far
+
+    def goes_on(places: int) -> torch.Tensor:
+        """Whether a row has more tokens than that, up to its last that is not masked."""
+        return (attention_mask & (place >= places)).any(dim=1)[:, None, None, None]
+
+    short = ~goes_on(stop)
+    start = [take_first(x, stop) for x in (query, key, value)]
+    # In an exported graph the text may end before `stop`.
+    start_mask = take_first(mask, stop) & (torch.arange(stop, device=query.device) < length)
+    full_output, _ = attend(*start, start_mask[:, :, None], dropout)
+    output = torch.where(short, full_output.index_select(2, place.clamp(max=stop - 1)), output)
     if probabilities is not None:
-        other_keys = short & attention_mask[:, two_blocks:].any(dim=1)[:, None, None, None]
+        other_keys = short & goes_on(g + 2 * layout.block_size)
         probabilities = probabilities[0].masked_fill(other_keys, torch.nan), probabilities[1]
     return output, probabilities
 

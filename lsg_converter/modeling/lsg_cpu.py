@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lsg_layout import LSGLayout, SparseKeys, Window, flat_rows, operator_namespace
+from .lsg_layout import LSGLayout, SparseKeys, Window, flat_rows, is_exporting, operator_namespace
 
 
 TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `TiledAttention`
@@ -25,7 +25,7 @@ POOL_STARTS = 2**16  # places where a tile's random bits may begin
 
 def cpu_kernel_serves(query: torch.Tensor) -> bool:
     """Whether `cpu_attention` can do what is asked: an exported or traced model must do without its operators."""
-    return query.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+    return query.device.type == "cpu" and not is_exporting()
 
 
 def cpu_attention(
@@ -51,7 +51,6 @@ def cpu_attention(
         The shape of `query`; zero where a query has no key, and behind the last token of a row that is not masked.
     """
     batch, heads, tokens, head_dim = query.shape
-    lengths = [tokens] * batch if seqlens is None else seqlens
     sparse = sparse or SparseKeys(attention_mask[:, None, :0])
     rows = None if sparse.token_index is None else flat_rows(sparse.token_index)
     # Rows end to end: (tokens of all rows, heads, head_dim).
@@ -60,8 +59,8 @@ def cpu_attention(
         for x in (query, key, value, sparse.key, sparse.value)
     ]
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
-    masks = attention_mask.flatten(), sparse.mask.transpose(0, 1).flatten(1)
-    output = attention(*states, rows, *masks, seed, lengths, list(layout), dropout)
+    masks = attention_mask, sparse.mask.transpose(0, 1).flatten(1)
+    output = attention(*states, rows, *masks, seed, seqlens or [], list(layout), dropout)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
@@ -314,6 +313,8 @@ def head_groups(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[
     elif sparse_key is None:
         sparse_key, sparse_value = key[:0], value[:0]
     tensors = query, key, value, sparse_key, sparse_value
+    # No `seqlens` stands for the rows of the mask: a list of them would make a graph of `torch.compile` for each batch.
+    mask, seqlens = mask.flatten(), seqlens or [mask.shape[1]] * mask.shape[0]
     tiles = list(list_tiles(mask, sparse_mask, seqlens, LSGLayout(*sizes)))
     scores = max(((tile.stop - tile.start) * tile.num_columns for tile in tiles), default=1)
     heads = tensors[0].shape[1]

@@ -27,6 +27,12 @@ def operator_namespace(module: str) -> str:
     return name
 
 
+def is_exporting() -> bool:
+    """Whether a graph is being made that leaves this process and is to be right for texts of every length: by
+    `torch.export`, an ONNX exporter, or `torch.jit.trace`. No branch may then depend on a length."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 class Window(NamedTuple):
     """The keys that each block of queries sees of one sequence: block `i` sees `[offset + i * step, ... + size)`.
 
@@ -81,8 +87,9 @@ class LSGLayout(NamedTuple):
         return self.block_size // self.sparsity_factor
 
     def is_short(self, text_length: int) -> bool:
-        """Whether a text of so many tokens gets ordinary full attention."""
-        return text_length <= max(2 * self.block_size, self.full_attention_length)
+        """Whether a text of so many tokens gets ordinary full attention. An exported graph has no form of its own for
+        those: the one for long texts gives the same."""
+        return not is_exporting() and text_length <= max(2 * self.block_size, self.full_attention_length)
 
     @property
     def mixes_full_attention(self) -> bool:
@@ -143,11 +150,28 @@ class SparseKeys(NamedTuple):
 
 
 def pad_to_multiple(sequence: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
-    """Pad `sequence` with zeros (or False) at the end of `dim`, to a multiple of `multiple`."""
-    missing = -sequence.shape[dim] % multiple
-    if missing == 0:
+    """Pad `sequence` with zeros (or False) at the end of `dim`, to a multiple of `multiple`.
+
+    A compiled or exported graph does so without a look at the length, by zero too, and so serves all; an exported one
+    pads by one multiple more.
+    """
+    length = sequence.shape[dim]
+    exporting = is_exporting()
+    # Two multiples at least in an exported graph, since torch makes one for any number but 0 and 1.
+    end = (length + (2 if exporting else 1) * multiple - 1) // multiple * multiple
+    if not exporting and not torch.compiler.is_compiling() and end == length:
         return sequence
-    return F.pad(sequence, [0, 0] * (sequence.dim() - 1 - dim % sequence.dim()) + [0, missing])
+    return F.pad(sequence, [0, 0] * (sequence.dim() - 1 - dim % sequence.dim()) + [0, end - length])
+
+
+def take_first(sequence: torch.Tensor, length: int) -> torch.Tensor:
+    """The first tokens of a sequence, of shape (batch, heads, tokens, ...); it has as many, but in an exported graph,
+    where the last stands in for those that it lacks."""
+    if not is_exporting():
+        return sequence[:, :, :length]
+    # A slice would bring conditions on its length.
+    place = torch.arange(length, device=sequence.device)
+    return sequence.index_select(2, place.clamp(max=sequence.shape[2] - 1))
 
 
 def flat_rows(index: torch.Tensor) -> torch.Tensor:
@@ -170,7 +194,8 @@ def take_windows(sequence: torch.Tensor, window: Window, num_blocks: int) -> tor
     """Lay out what each block sees of a sequence.
 
     Args:
-        sequence: shape (batch, heads, length, ...), with at most one more dimension.
+        sequence: shape (batch, heads, num_blocks * window.step, ...), with at most one more dimension; of any length
+            where that step is 0.
         window: which part of it block `i` sees.
         num_blocks: how many blocks of queries there are.
 
@@ -180,9 +205,12 @@ def take_windows(sequence: torch.Tensor, window: Window, num_blocks: int) -> tor
     if window.step == 0:
         same = sequence[:, :, None, window.offset : window.offset + window.size]
         return same.expand(-1, -1, num_blocks, *same.shape[3:])
-    end = window.offset + (num_blocks - 1) * window.step + window.size
-    trailing = [0, 0] * (sequence.dim() - 3)
-    # A negative amount of padding cuts: a window on the right does not begin where the sequence does.
-    padded = F.pad(sequence, [*trailing, -window.offset, end - sequence.shape[2]])
-    windows = padded.unfold(2, window.size, window.step)
+    before, behind = max(-window.offset, 0), max(window.offset + window.size - window.step, 0)
+    padded = F.pad(sequence, [0, 0] * (sequence.dim() - 3) + [before, behind])
+    first = window.offset + before
+    if is_exporting():  # ONNX has no `unfold` of a length that varies.
+        starts = first + window.step * torch.arange(num_blocks, device=sequence.device)
+        return padded[:, :, starts[:, None] + torch.arange(window.size, device=sequence.device)]
+    end = first + (num_blocks - 1) * window.step + window.size
+    windows = padded[:, :, first:end].unfold(2, window.size, window.step)
     return windows if sequence.dim() == 3 else windows.transpose(-1, -2)

@@ -16,6 +16,7 @@ from transformers.utils import TransformersKwargs, logging
 from .lsg_attention import ATTN_IMPLEMENTATIONS
 from .lsg_classes import LSGPreTrained, define_modules, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
+from .lsg_layout import is_exporting
 from .lsg_modules import (
     CACHE_NAMES,
     LSGEmbeddings,
@@ -164,7 +165,12 @@ class LSGReader(LSGPreTrained):
                 f"input_ids: got a text of {length} tokens; this checkpoint has positions for {limit}; "
                 "truncate the text, or convert with a larger max_sequence_length"
             )
-        if not config.adaptive and not config.layout.is_short(length) and length % config.block_size:
+        if (
+            not config.adaptive
+            and not is_exporting()
+            and not config.layout.is_short(length)
+            and length % config.block_size
+        ):
             raise ValueError(
                 f"input_ids: got a text of {length} tokens; with adaptive=False it must be a multiple of block_size, "
                 f"{config.block_size}, or at most two blocks; pad it, or set adaptive=True"
@@ -189,7 +195,8 @@ class LSGReader(LSGPreTrained):
 
     def find_promoted(self, global_attention_mask: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
         """The tokens of the text that see all and that all see, boolean, (batch, t); None where there are none, or full
-        attention is theirs anyway. Raises ValueError where they are too many, or the shape does not fit."""
+        attention is theirs anyway. Raises ValueError where they are too many, or the shape does not fit, and in an
+        exported graph, which would be for one number of them."""
         config = self.config  # type: ignore[attr-defined]
         g, shape = config.num_global_tokens, (mask.shape[0], mask.shape[-1] - config.num_global_tokens)
         if global_attention_mask is None:
@@ -197,6 +204,10 @@ class LSGReader(LSGPreTrained):
         if global_attention_mask.shape != shape:
             got = tuple(global_attention_mask.shape)
             raise ValueError(f"global_attention_mask: got shape {got}; it must be (batch, tokens), {shape}")
+        if is_exporting():
+            raise ValueError(
+                "global_attention_mask: got one while exporting; an exported graph takes none; leave it out"
+            )
         promoted = global_attention_mask.to(mask.device) != 0
         most = int(promoted.sum(dim=1).max())
         if g + most > MAX_GLOBAL_TOKENS:

@@ -80,9 +80,9 @@ class LSGSelfAttention:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
         they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens).
         `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to."""
+        heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
         query, key, value = (
-            getattr(self, name)(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
-            for name in self.projections
+            getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
         )
         arguments, mask = self.config.attention_arguments, attention_mask[:, 0, 0]
         if promotion is not None:
@@ -127,13 +127,15 @@ def strip_global_tokens(states: torch.Tensor, config: Any, first_token: torch.Te
     0, is that of the first global token. So is that at place 0, which heads read, also where there is padding.
     """
     g = config.num_global_tokens
+    text = states[:, g:]
     if not config.pool_with_global or g == 0:
-        return states[:, g:]
-    text = torch.cat([states[:, :1], states[:, g + 1 :]], dim=1)
-    if first_token is None:
         return text
+    # Joined slices would bring conditions on their lengths into an exported graph.
     places = torch.arange(text.shape[1], device=text.device)
-    return torch.where((places == first_token[:, None])[:, :, None], states[:, :1], text)
+    first = places == 0
+    if first_token is not None:
+        first = first | (places == first_token[:, None])
+    return torch.where(first[..., None], states[:, :1], text)
 
 
 class LSGEncoder:

@@ -34,13 +34,14 @@ class Packing(NamedTuple):
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, length, ...) to (rows, tokens, ...)."""
-        return states.flatten(0, 1).index_select(0, self.tokens).unflatten(0, self.shape)
+        # Not `unflatten`: the older exporter to ONNX would take its shape for a constant.
+        return states.flatten(0, 1).index_select(0, self.tokens).view(*self.shape, *states.shape[2:])
 
     def unpack(self, states: torch.Tensor) -> torch.Tensor:
         """The reverse, with zeros for what was left out."""
         batch, length = self.batch_shape
         padded = states.new_zeros(batch * length, states.shape[-1])
-        return padded.index_copy(0, self.tokens, states.flatten(0, 1)).unflatten(0, self.batch_shape)
+        return padded.index_copy(0, self.tokens, states.flatten(0, 1)).view(batch, length, -1)
 
 
 def pack_batch(attention_mask: torch.Tensor, first_token: torch.Tensor | None, g: int, kernel: str) -> Packing | None:

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .lsg_layout import LSGLayout, SparseKeys, flat_rows, pad_to_multiple, take_rows
+from .lsg_layout import LSGLayout, SparseKeys, flat_rows, is_exporting, pad_to_multiple, take_rows
 from .lsg_triton import LARGEST_CHUNK, choose_largest_norm
 
 
@@ -48,8 +48,8 @@ def sparsify(
         index, sparse_mask = choose_largest_norm(key.detach(), mask, g, layout.block_size, chunk_size, factor)
         return SparseKeys(sparse_mask, token_index=index)
     text_query, text_key, text_value, text_mask = (x[:, :, g:] for x in (query, key, value, mask))
-    index = choose_tokens(text_key.detach(), text_mask, layout, sparsity_type)
     text_mask = pad_to_multiple(text_mask, layout.block_size, dim=2)
+    index = choose_tokens(text_key.detach(), text_mask, layout, sparsity_type)
     if index is not None:
         batch, _, length, _ = key.shape
         sparse_mask = text_mask.expand(-1, index.shape[1], -1).gather(2, index.expand(batch, -1, -1))
@@ -65,7 +65,7 @@ def sparsify(
     if sparsity_type == "pooling":
         return pool_mean(text_key, text_value, text_mask, factor)
     if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and factor == layout.sparse_block_size):
-        return pool_by_query(text_key, text_value, text_mask, text_query[:, :, :1], factor)
+        return pool_by_query(text_key, text_value, text_mask, text_query[:, :, 0], factor)
     if sparsity_type == "lsh":
         return cluster_by_lsh(text_key, text_value, text_mask, layout, lsh_num_pre_rounds, lsh_seed)
     raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
@@ -74,14 +74,14 @@ def sparsify(
 def choose_tokens(
     key: torch.Tensor, mask: torch.Tensor, layout: LSGLayout, sparsity_type: str | None
 ) -> torch.Tensor | None:
-    """The places in the text, padded to whole blocks, of the tokens that are the sparse keys: int64, of shape (batch or
-    1, heads, T / f). None where sparse keys are not chosen tokens, or all."""
+    """The places in the text, padded to whole blocks as `mask` is, of the tokens that are the sparse keys: int64, of
+    shape (batch or 1, heads, T / f). None where sparse keys are not chosen tokens, or all."""
     block_size, factor = layout.block_size, layout.sparsity_factor
     if factor == 1:
         return None
     if sparsity_type == "norm":
         return largest_norm(key, mask, layout)
-    blocks = torch.arange(0, key.shape[2], block_size, device=key.device)[:, None]
+    blocks = block_size * torch.arange(mask.shape[2] // block_size, device=key.device)[:, None]
     head = torch.arange(key.shape[1], device=key.device)[:, None, None]
     chosen = torch.arange(layout.sparse_step, device=key.device)
     if sparsity_type == "stride":
@@ -98,11 +98,10 @@ def largest_norm(key: torch.Tensor, mask: torch.Tensor, layout: LSGLayout) -> to
     # In float32: half precision would rank other keys first. As (batch, tokens, heads, head_dim), which is how the
     # projections lay keys down.
     norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_at_least_float32(key)).transpose(1, 2)
-    norm, mask = (pad_to_multiple(x, layout.block_size, dim=2) for x in (norm, mask))
-    norm = norm.masked_fill(~mask, -1).unflatten(-1, (-1, layout.chunk_size))
+    norm = pad_to_multiple(norm, layout.block_size, dim=2).masked_fill(~mask, -1).unflatten(-1, (-1, layout.chunk_size))
     chosen = layout.chunk_size // layout.sparsity_factor
     index = norm.topk(chosen, dim=-1, sorted=False).indices.sort(dim=-1).values
-    starts = torch.arange(0, mask.shape[2], layout.chunk_size, device=key.device)
+    starts = layout.chunk_size * torch.arange(mask.shape[2] // layout.chunk_size, device=key.device)
     return (index + starts[:, None]).flatten(-2)
 
 
@@ -116,9 +115,10 @@ def pool_mean(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, factor
 def pool_by_query(
     key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, query: torch.Tensor, factor: int
 ) -> SparseKeys:
-    """The mean of each run of `factor` tokens, weighted by a softmax over the run of `query . key / sqrt(d)`."""
+    """The mean of each run of `factor` tokens, weighted by a softmax over the run of `query . key / sqrt(d)`; one
+    query for each head, (batch, heads, head_dim)."""
     runs = mask.unflatten(-1, (-1, factor))
-    score = ((query * key.shape[-1] ** -0.5) @ key.transpose(-1, -2)).squeeze(-2).unflatten(-1, (-1, factor))
+    score = (key @ (query * key.shape[-1] ** -0.5)[..., None]).squeeze(-1).unflatten(-1, (-1, factor))
     score = score.masked_fill(~runs, torch.finfo(score.dtype).min)
     weight = score.softmax(dim=-1, dtype=_at_least_float32(key)).masked_fill(~runs, 0).to(key.dtype)
     return SparseKeys(runs.any(dim=-1), _pool(key, weight), _pool(value, weight))
@@ -156,7 +156,7 @@ def cluster_by_lsh(
 
 def _sum_by_bucket(clusters: torch.Tensor, bucket: torch.Tensor, buckets: int) -> torch.Tensor:
     """(..., clusters, numbers) to (..., buckets, numbers), where `bucket`, (..., clusters), says which goes where."""
-    if clusters.device.type != "cpu":
+    if clusters.device.type != "cpu" or is_exporting():
         # A product with the assignment is deterministic on every device; a scattered sum is so on a CPU alone.
         assignment = bucket[..., None] == torch.arange(buckets, device=bucket.device)
         return assignment.to(clusters.dtype).transpose(-1, -2) @ clusters
@@ -173,7 +173,7 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
 def _pool(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The sums over runs of tokens, weighted by `weight`, of shape (batch, 1 or heads, t / f, f)."""
     # Token by token of the runs: a sum over a dimension of few numbers is slow.
-    weighted = zip(tokens.unflatten(2, weight.shape[-2:]).unbind(3), weight[..., None].unbind(3), strict=True)
+    weighted = zip(tokens.unflatten(2, (-1, weight.shape[-1])).unbind(3), weight[..., None].unbind(3), strict=True)
     first, *others = weighted
     total = first[0] * first[1]
     for token, share in others:
@@ -188,8 +188,14 @@ def _random_normal(shape: tuple[int, ...], seed: int, device: torch.device) -> t
     and the graph of `torch.compile` stays whole.
     """
     bits = (torch.arange(2 * math.prod(shape), device=device) + seed * 0x9E3779B1 % 2**32) & 0xFFFFFFFF
+
+    def mix(bits: torch.Tensor) -> torch.Tensor:
+        """`bits ^ (bits >> 16)`, in what each exporter to ONNX knows."""
+        high = bits // 2**16
+        return bits + high - 2 * (bits & high)
+
     for _ in range(2):
-        bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    uniform = ((bits ^ (bits >> 16)).to(torch.float32) + 0.5) / 2**32
-    radius, angle = uniform.clamp(1e-7, 1).view(2, *shape)
+        bits = (mix(bits) * 0x45D9F3B) & 0xFFFFFFFF
+    uniform = (mix(bits).to(torch.float32) + 0.5) / 2**32
+    radius, angle = uniform.clamp(min=1e-7).view(2, *shape)
     return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()

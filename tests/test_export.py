@@ -1,0 +1,169 @@
+"""Graphs: one that is exported, from whatever dummy, is right at every length; `torch.compile` makes few."""
+
+import warnings
+
+import pytest
+import torch
+from test_attention import arguments
+from torch._dynamo.testing import CompileCounter
+from torch.export import Dim
+from transformers import AutoModel
+
+from lsg_converter.modeling.lsg_attention import lsg_attention
+from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
+
+
+pytestmark = pytest.mark.newest
+HEADS, WIDTH = 2, 8
+LENGTHS = (1, 2, 8, 9, 16, 17, 24, 25, 61)  # around the edges of blocks of 8
+FAMILIES = ["bert", "roberta", "bart"]
+EXPORTERS = ("torch.export", "torch.jit.trace", "onnx", "onnx, dynamo=False")
+
+
+class Attention(torch.nn.Module):
+    """The results of several calls, side by side, each with its options; queries, keys and values are in `states`."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, states, mask):
+        outputs = []
+        for options in self.calls:
+            g = options["num_global_tokens"]
+            # Global tokens of which it does not matter what they are.
+            rows = torch.cat([states[:, :1]] * g + [states], dim=1)
+            keep = torch.cat([mask.new_ones(mask.shape[0], g), mask], dim=1)
+            tokens = rows.view(*rows.shape[:2], 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+            output, _ = lsg_attention(tokens[0], tokens[1], tokens[2], keep, **options)
+            outputs.append(output[:, :, g:])
+        return torch.stack(outputs)
+
+
+def calls(kinds, globals_, full=None):
+    return [arguments((8, 8, 2), kind, g) | {"full_attention_length": full} for kind in kinds for g in globals_]
+
+
+def text(length, batch=3):
+    """Rows of a batch: one whole, one padded on the right, one masked, and more that are whole."""
+    states = torch.randn(batch, length, 3 * HEADS * WIDTH, generator=torch.Generator().manual_seed(length))
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    mask[1, length // 3 + 1 :] = False
+    mask[2] = False
+    return states, mask
+
+
+def export(exporter, model, dummy, folder):
+    """Export a model of a text and its mask; returns what runs the graph."""
+    names, axes = ["text", "mask"], {0: "batch", 1: "length"}
+    if exporter == "torch.export":
+        shapes = dict.fromkeys(axes, Dim.DYNAMIC)
+        return torch.export.export(model, dummy, dynamic_shapes=(shapes, shapes)).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, and of what is deprecated
+        if exporter == "torch.jit.trace":
+            return torch.jit.trace(model, dummy, check_trace=False)
+        dynamo, path = exporter == "onnx", folder / "model.onnx"
+        torch.onnx.export(
+            model, dummy, path, dynamo=dynamo, input_names=names, dynamic_axes=dict.fromkeys(names, axes), verbose=False
+        )
+    import onnxruntime  # which the oldest environment may lack
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda *inputs: torch.tensor(
+        session.run(None, {k: x.numpy() for k, x in zip(names, inputs, strict=True)})[0]
+    )
+
+
+def check(exporter, attention, dummy, folder):
+    graph = export(exporter, attention, text(dummy), folder)
+    for length in LENGTHS:
+        states, mask = text(length, batch=4)
+        weight = mask[:, None, :, None]
+        actual, expected = graph(states, mask) * weight, attention(states, mask) * weight
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=lambda text, at=length: f"{at}: {text}")
+
+
+@pytest.mark.parametrize("dummy", [1, 2, 8, 16, 24, 30])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_every_dummy_is_right_at_every_length(exporter, dummy, tmp_path):
+    if exporter == "onnx" and dummy not in (1, 24):
+        pytest.skip("its graph is that of torch.export, and takes ten seconds")
+    if exporter == "torch.export" and dummy == 1:
+        with pytest.raises(ValueError, match="specialized due to hint of 1"):  # as for any model
+            export(exporter, Attention(calls(["norm"], [1])), text(dummy), tmp_path)
+        return
+    check(exporter, Attention(calls(["norm"], [1])), dummy, tmp_path)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_every_sparsifier_is_exported(exporter, tmp_path):
+    # To ONNX these three need all that the others do.
+    kinds = ["norm", "bos_pooling", "lsh"] if exporter == "onnx" else SPARSITY_TYPES
+    check(exporter, Attention(calls(kinds, [1])), 16, tmp_path)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_global_tokens_and_full_attention_are_exported(exporter, tmp_path):
+    check(exporter, Attention(calls(["norm"], [0, 3]) + calls(["norm"], [0, 3], full=28)), 3, tmp_path)
+
+
+class FirstOutput(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+
+@pytest.fixture
+def model(converted):
+    model = AutoModel.from_pretrained(converted, trust_remote_code=True, block_size=8, sparse_block_size=8)
+    return FirstOutput(model).eval()
+
+
+def ids(length, batch=2):
+    tokens = torch.randint(5, 100, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(tokens)
+    mask[1, length // 2 + 1 :] = 0
+    return tokens, mask
+
+
+@pytest.mark.parametrize("exporter", ["torch.export", "onnx, dynamo=False"])
+def test_models_are_exported(model, exporter, tmp_path):
+    graph = export(exporter, model, ids(16), tmp_path)
+    with torch.no_grad():
+        for length in (3, *LENGTHS[2:]):  # BART's decoder reads 3 tokens or more
+            tokens, mask = ids(length, batch=3)
+            actual, expected = (run(tokens, mask) * mask[..., None] for run in (graph, model))
+            torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5)
+
+
+def test_a_length_may_have_a_name(model, golden):
+    if golden.name == "bart":
+        pytest.skip("its decoder has a condition on the length, as the stock one's")
+    axes = {0: Dim("batch"), 1: Dim("length", max=1000)}  # which torch refuses where a graph has other conditions
+    torch.export.export(model, ids(16), dynamic_shapes=(axes, axes))
+
+
+def test_what_a_graph_cannot_have_is_refused(model):
+    tokens, mask = ids(30)
+    with pytest.raises(ValueError, match=r"global_attention_mask: got one while exporting"):
+        torch.jit.trace(lambda tokens, mask: model.model(tokens, mask, global_attention_mask=mask)[0], (tokens, mask))
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 2), (None, 3)])
+def test_compiling_makes_a_graph_for_short_texts_and_one_for_long_ones(model, dynamic, graphs):
+    counter = CompileCounter()
+    compiled = torch.compile(model, dynamic=dynamic, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for length in (5, 61, 15, 16, 17, 18, 24, 32, 100):
+            tokens, mask = ids(length)
+            actual, expected = compiled(tokens, mask) * mask[..., None], model(tokens, mask) * mask[..., None]
+            torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5)
+        assert counter.frame_count == graphs
+        for batch in (3, 4, 7):
+            compiled(*ids(40, batch))
+    assert counter.frame_count == graphs + (dynamic is None)  # that one for batches of any size
+    torch._dynamo.reset()
