@@ -98,7 +98,8 @@ def list_tiles(
         end += length
         if not layout.is_short(length - g):  # as `sparsify_packed` decides, which does not look at the mask
             sparse_end += layout.num_sparse_keys(length - g)
-        stop = start + used_length(attention_mask[start:end])
+        # A row has its first token, also where that one is no key.
+        stop = start + max(used_length(attention_mask[start:end]), min(g + 1, length))
         sparse_stop = sparse_start + used_length(sparse_mask[:, sparse_start:sparse_end].any(0))
         text, row = start + g, KeyRange(TOKENS, start, stop)
         short = layout.is_short(stop - text)

@@ -59,8 +59,8 @@ def pack_batch(attention_mask: torch.Tensor, first_token: torch.Tensor | None, g
     rows = length * torch.arange(batch, device=mask.device)[:, None]
     start = g if first_token is None else g + first_token[:, None]
     if kernel in ("sdpa", "cpu") and cpu_kernel_serves(mask) and not torch.compiler.is_compiling():
-        # Without global tokens a row of padding alone keeps one token.
-        last = (mask * places).amax(dim=1, keepdim=True).clamp(min=0 if g else start)
+        # A row keeps its first token, also where no key is left of its text.
+        last = (mask * places).amax(dim=1, keepdim=True).clamp(min=start)
         kept = (places < g) | ((places >= start) & (places <= last))
         seqlens = kept.sum(dim=1).tolist()
         if min(seqlens) == length:
