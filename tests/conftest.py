@@ -10,6 +10,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lsg-test-")
 import atexit
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 GOLDEN = Path(__file__).parent / "golden"
 FEW = ("bert", "bart")  # an encoder, and an encoder-decoder
 LEFT_OUT = pytest.StashKey[int]()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has what it runs in the background ignore SIGINT, and so would do what the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tests themselves run side by side
 
 

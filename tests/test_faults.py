@@ -602,14 +602,7 @@ def command(source, target, *flags):
 def start(source, target, *flags):
     """The command in a process of its own, once it has begun to write."""
     arguments = command(source, target, "--run_test", *flags)
-    process = subprocess.Popen(
-        arguments,
-        env={**os.environ, "PYTHONPATH": ""},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell has what it runs in the background ignore SIGINT: so would these tests, and what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": ""}, stderr=subprocess.PIPE, text=True)
     while not list(target.parent.glob(".lsg-*/lsg/config.json")) and process.poll() is None:
         time.sleep(0.05)
     assert process.poll() is None, process.stderr.read()
