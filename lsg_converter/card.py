@@ -46,11 +46,11 @@ def usage(report: ConversionReport, name: str) -> str:
     """Code that loads the checkpoint and reads a long text."""
     name = json.dumps(name, ensure_ascii=False)
     if report.sentence_class:
-        call = 'embeddings = model.encode(["A long document. " * 100, "Another one."])'
+        call = 'embeddings = model.encode(["A long document. " * 500, "Another one."])'
         if report.sentence_class == "CrossEncoder":
-            call = 'scores = model.predict([("Which one is long?", "A long document. " * 100)])'
+            call = 'scores = model.predict([("Which one is long?", "A long document. " * 500)])'
         elif report.sentence_class == "MultiVectorEncoder":
-            call = 'embeddings = model.encode_document(["A long document. " * 100, "Another one."])'
+            call = 'embeddings = model.encode_document(["A long document. " * 500, "Another one."])'
         return "\n".join(
             [
                 f"from sentence_transformers import {report.sentence_class}",
@@ -63,7 +63,7 @@ def usage(report: ConversionReport, name: str) -> str:
     if report.has_tokenizer:
         imports = f"from transformers import {', '.join(sorted([report.auto_class, 'AutoTokenizer'], key=str.lower))}"
         loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
-        inputs = 'dict(tokenizer("A long document. " * 100, truncation=True, return_tensors="pt"))'
+        inputs = 'dict(tokenizer("A long document. " * 500, truncation=True, return_tensors="pt"))'
     else:
         imports = f"import torch\nfrom transformers import {report.auto_class}"
         inputs = f'{{"input_ids": torch.randint(10, 20, (1, {min(report.positions, 600)}))}}'

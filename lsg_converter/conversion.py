@@ -142,7 +142,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
         lsg={field: getattr(config, field) for field in source.family.lsg_fields},
         source_positions=trained,
         positions=length,
-        changed=[positions, f"global tokens: 512 rows, {kept}"]
+        changed=[positions, f"global tokens: 512 rows {kept}, {config.num_global_tokens} used"]
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
         warnings=list(source.warnings),

@@ -39,8 +39,9 @@ def summary(report: ConversionReport) -> Iterator[RenderableType]:
     yield Fact("source", f"{options.initial_model}: {report.model_type}, {report.source_positions} positions")
     becomes = f"{report.architecture}, {report.positions} positions"
     yield Fact("would become" if options.dry_run else "converted to", becomes)
-    sparsity = describe_sparsity(lsg)
-    yield Fact("attention", f"blocks of {lsg['block_size']}, {sparsity}, {lsg['num_global_tokens']} global")
+    sparsity, full = describe_sparsity(lsg), lsg["full_attention_length"]
+    beyond = f"full up to {full} tokens, beyond: " if full else ""
+    yield Fact("attention", f"{beyond}blocks of {lsg['block_size']}, {sparsity}, {lsg['num_global_tokens']} global")
     for change in report.changed:
         yield Fact("would change" if options.dry_run else "changed", change)
     for name in report.new_weights:

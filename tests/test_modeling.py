@@ -209,6 +209,30 @@ def test_tokens_that_see_all(load, kernel):
         close(states(model, ids, mask, global_attention_mask=chosen)[row : row + 1, :length], alone, atol=1e-10)
 
 
+@pytest.mark.parametrize("g", [0, 1])
+def test_a_first_token_that_is_no_key_has_its_state(load, g):
+    """With `mask_first_token`, also where the rest of its row is padding, or promoted."""
+    options = {"dtype": torch.float64, "num_global_tokens": g, "mask_first_token": True}
+    models = [load(attn_implementation="eager", **options), load(**options)]
+    ids = ids_of(models[0], 3, 30)
+    mask, chosen = torch.ones_like(ids), torch.zeros_like(ids)
+    mask[0, 1:] = 0
+    chosen[1, 1:] = 1
+    (eager, sdpa) = (states(model, ids, mask, global_attention_mask=chosen) for model in models)
+    close(sdpa[mask.bool()], eager[mask.bool()], atol=1e-10)
+
+
+def test_positions_that_nobody_reads_change_nothing(load):
+    model = load()
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        pytest.skip("it reads them")
+    ids, mask = ids_of(model, 1, 30), torch.ones(1, 30)
+    mask[:, :3] = 0
+    assert torch.equal(states(model, ids, mask, position_ids=torch.arange(30)[None]), states(model, ids, mask))
+    with pytest.raises(ValueError, match="got a text of 1001 tokens"):
+        model(ids_of(model, 1, LIMIT + 1), position_ids=torch.arange(LIMIT + 1)[None])
+
+
 def test_tokens_that_see_all_are_told_right(load):
     model = load()
     ids = ids_of(model, 1, 61)
@@ -217,6 +241,8 @@ def test_tokens_that_see_all_are_told_right(load):
     ids = ids_of(model, 1, 600)
     with pytest.raises(ValueError, match=r"got 512 tokens in a row, beside 1 global tokens; allowed are 512"):
         model(ids, global_attention_mask=(torch.arange(600) < 512)[None])
+    mask = (torch.arange(600) < 20)[None]  # what is masked does not count
+    assert states(model, ids, mask, global_attention_mask=(torch.arange(600) < 512)[None]).isfinite().all()
     short = ids_of(model, 1, 8)  # full attention anyway
     assert torch.equal(states(model, short, global_attention_mask=torch.ones(1, 8)), states(model, short))
 
@@ -253,7 +279,7 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
     grads = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     left = 2 if model.positions_follow_padding else 0  # left out too, where blocks count from the first token
-    assert max(seen) == sum(max(g + length, 1) for length in tokens) - left
+    assert max(seen) == sum(g + max(length, 1) for length in tokens) - left
     for hook in hooks:
         hook.remove()
     for row, length in enumerate(tokens):

@@ -24,10 +24,8 @@ def test_rows_stand_end_to_end_without_their_padding(batch, aligned):
     for row, own in enumerate(mask.tolist()):
         last = max([place for place, real in enumerate(own) if real and place >= g], default=None)
         kept[row, :g] = True
-        if last is not None:
-            kept[row, g + int(first[row]) : last + 1] = True
-        elif g == 0:
-            kept[row, 0] = True  # a row has a token
+        start = g + int(first[row])  # a row has its first token, also where it is masked
+        kept[row, start : max(start, start if last is None else last) + 1] = True
     packing = pack_batch(mask[:, None, None], first if aligned else None, g, "sdpa")
     if packing is None:
         assert kept.all()

@@ -55,6 +55,8 @@ def test_the_decoder_sees_the_global_tokens_that_are_passed_on(load, passed):
     assert torch.equal(seen, inputs["attention_mask"].bool())
     assert ("global_hidden_state" in encoded) is passed
     assert not passed or encoded.global_hidden_state.grad.abs().sum(-1).gt(0).all()
+    as_tuple = model.get_encoder()(**inputs, return_dict=False)
+    assert torch.equal(model(encoder_outputs=as_tuple, **two_steps).logits, outputs.logits)
     # States alone are what the decoder then sees.
     alone = model(encoder_outputs=(encoded.last_hidden_state,), **two_steps)
     assert torch.equal(alone.logits, outputs.logits) is not passed
@@ -91,6 +93,7 @@ def test_padding_on_the_right_changes_no_logits(load):
         {"num_beams": 1, "do_sample": False},
         {"num_beams": 3},
         {"do_sample": True, "num_beams": 1},
+        {"num_beams": 1, "cache_implementation": "static"},
         {"num_return_sequences": 2, "num_beams": 2},
     ],
     ids=str,

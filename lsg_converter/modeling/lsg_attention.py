@@ -165,7 +165,7 @@ def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: 
     elif kernel == "triton":
         reason = triton_serves(query, layout)
     if reason is not None:
-        raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open with 'sdpa'")
+        raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open (attention_kernel=None)")
     if not torch.compiler.is_compiling():
         logger.info_once(f"LSG attention: the {kernel!r} kernel, on {query.device.type}")
     return kernel

@@ -7,6 +7,7 @@ stand in it: what one process pickles, another can read.
 import sys
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
@@ -59,6 +60,17 @@ class LSGWrapper(LSGPreTrained):
                 setattr(self, name, self.lsg_part_class(config, **options))
         del self._no_split_modules  # It names modules of the stock part; those of ours are gathered in its place.
         self.post_init()  # type: ignore[attr-defined]
+
+    def _prepare_static_cache(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, with room for the global tokens that an encoder passes on: it counts its first output."""
+        encoded = model_kwargs.get("encoder_outputs")
+        if isinstance(encoded, dict) and encoded.get("global_hidden_state") is not None:
+            passed = encoded["global_hidden_state"].shape[1]
+            model_kwargs = {
+                **model_kwargs,
+                "encoder_outputs": (F.pad(encoded["last_hidden_state"], (0, 0, passed, 0)),),
+            }
+        return super()._prepare_static_cache(*args, model_kwargs=model_kwargs, **kwargs)  # type: ignore[misc]
 
 
 def stock_class(lsg_class: Any) -> Any:

@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 MAX_GLOBAL_TOKENS = 512
 # Stands in `config.json` as the implementation of attention. A stock class has no such one, and refuses it in a message
 # that quotes it: so nobody who forgets the flag gets a stock model on these weights.
-NEEDS_ITS_CODE = "LSG, by the code in this checkpoint: load it with trust_remote_code=True"
+NEEDS_ITS_CODE = "LSG: load it with trust_remote_code=True (what follows gives another, untrained model)"
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)

@@ -92,14 +92,15 @@ def list_tiles(
 ) -> Iterator[Tile]:
     """The tiles of rows of `seqlens` tokens that stand end to end."""
     g, block = layout.num_global_tokens, layout.block_size
-    first = sparse_first = 0
+    end = sparse_end = 0
     for length in seqlens:
-        start, sparse_start = first, sparse_first
-        first += length
-        if not layout.is_short(length - g):
-            sparse_first += layout.num_sparse_keys(length - g)
-        stop = start + used_length(attention_mask[start:first])
-        sparse_stop = sparse_start + used_length(sparse_mask[:, sparse_start:sparse_first].any(0))
+        start, sparse_start = end, sparse_end
+        end += length
+        if not layout.is_short(length - g):  # as `sparsify_packed` decides, which does not look at the mask
+            sparse_end += layout.num_sparse_keys(length - g)
+        # A row has its first token, also where that one is no key.
+        stop = start + max(used_length(attention_mask[start:end]), min(g + 1, length))
+        sparse_stop = sparse_start + used_length(sparse_mask[:, sparse_start:sparse_end].any(0))
         text, row = start + g, KeyRange(TOKENS, start, stop)
         short = layout.is_short(stop - text)
         masked = not bool(attention_mask[start:stop].all())
@@ -121,8 +122,8 @@ def list_tiles(
 def window_ranges(tensor: int, window: Window, block: int, start: int, stop: int) -> list[KeyRange]:
     """What a block sees, through a window, of the keys from `start` to `stop`.
 
-    In pieces of one step, where they go into the window. The next block sees all but one of them again, and each at the
-    same place of its list, so that `TiledAttention.load` leaves those where they are.
+    In pieces of one step, where they go into the window: block 3 sees the text blocks 3, 4, 2, and block 4 then 3, 4,
+    5. A piece keeps its place in the list, so that `TiledAttention.load` copies the new one alone.
     """
     pieces = window.size // window.step if window.size % window.step == 0 and window.size <= 4 * window.step else 1
     size = window.size // pieces
@@ -145,8 +146,8 @@ def used_length(mask: torch.Tensor) -> int:
 class DropoutBits:
     """Random bits for the dropout of all tiles, 16 for each probability.
 
-    Those of a tile are the bits from a random place of one pool on, xor those from a random place of another: as random
-    as the pools are, two by two, for a small part of the time that drawing them would take.
+    Those of a tile are the bits from a random place of one pool on, xor those from a random place of another. Two tiles
+    share their bits only where both places are the same. It takes a small part of the time that drawing would.
     """
 
     def __init__(self, seed: int, dropout: float, num_tiles: int, heads: int, scores: int) -> None:

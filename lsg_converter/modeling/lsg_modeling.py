@@ -60,6 +60,8 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         return_dict = self.config.return_dict if return_dict is None else return_dict
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         promoted, packing, prefix = kwargs.pop("global_attention_mask", None), None, 0
+        if "position_ids" not in names and kwargs.pop("position_ids", None) is not None:
+            logger.warning_once(f"position_ids: {type(self).__name__} has no such argument, and ignores it")
         if tokens is not None:
             self.check_input(tokens, kwargs)
             self.warn_of_unknown(kwargs, names)
@@ -208,7 +210,7 @@ class LSGReader(LSGPreTrained):
             raise ValueError(
                 "global_attention_mask: got one while exporting; an exported graph takes none; leave it out"
             )
-        promoted = global_attention_mask.to(mask.device) != 0
+        promoted = (global_attention_mask.to(mask.device) != 0) & mask[:, 0, 0, g:]
         most = int(promoted.sum(dim=1).max())
         if g + most > MAX_GLOBAL_TOKENS:
             raise ValueError(

@@ -92,7 +92,10 @@ class LSGSelfAttention:
         prefix = 0
         if prefix_mask is not None:
             # All see the tokens of a cache: they are global ones, but for their own outputs, which nobody asks for.
-            key, value = given_cache(kwargs).update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+            cache = given_cache(kwargs)
+            if cache is None:
+                raise ValueError("past_key_values: gradient checkpointing takes the cache away; train without it")
+            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
             prefix = prefix_mask.shape[1]
             query, mask = F.pad(query, (0, 0, prefix, 0)), torch.cat([prefix_mask, mask], dim=1)
             arguments["num_global_tokens"] += prefix

@@ -1,7 +1,8 @@
-"""How the rows of a batch lie while layers read them: end to end, without padding, or from their first token on.
+"""How the rows of a batch lie while layers read them.
 
-Attention counts blocks from the start of a row, and its cost by the tokens that it is given. So the states of a batch
-are packed once in front of the layers, and unpacked once behind them.
+Either as one row that holds all, end to end and without padding, for the kernel for CPUs; or, for the others, as rows
+that are rolled to the left, so that each begins with its first token. A batch is packed once in front of the layers,
+and unpacked once behind them. This file also has the copies of tokens that see all.
 """
 
 from typing import NamedTuple
@@ -58,13 +59,15 @@ def pack_batch(attention_mask: torch.Tensor, first_token: torch.Tensor | None, g
     rows = length * torch.arange(batch, device=mask.device)[:, None]
     start = g if first_token is None else g + first_token[:, None]
     if kernel in ("sdpa", "cpu") and cpu_kernel_serves(mask) and not torch.compiler.is_compiling():
-        last = (mask * places).amax(dim=1, keepdim=True).clamp(min=0 if g else start)
+        # A row keeps its first token, also where no key is left of its text.
+        last = (mask * places).amax(dim=1, keepdim=True).clamp(min=start)
         kept = (places < g) | ((places >= start) & (places <= last))
         seqlens = kept.sum(dim=1).tolist()
         if min(seqlens) == length:
             return None
         tokens, shape = (rows + places)[kept], (1, sum(seqlens))
     elif first_token is not None:
+        # Padding on the left goes behind the text.
         text = g + (first_token[:, None] + places[: length - g]) % (length - g)
         tokens = (rows + torch.cat([places[:g].expand(batch, -1), text], dim=1)).flatten()
         shape, seqlens = (batch, length), None
@@ -118,26 +121,26 @@ def promote(promoted: torch.Tensor, attention_mask: torch.Tensor, packing: Packi
         packing: how the layers see the batch, if it is packed.
         g: `num_global_tokens`.
     """
-    mask = attention_mask[:, 0, 0]
-    promoted, seqlens = F.pad(promoted, (g, 0)) & mask, None
+    mask, seqlens = attention_mask[:, 0, 0], None
+    promoted = F.pad(promoted, (g, 0)) & mask
     if packing is not None:
         promoted, mask, seqlens = packing.pack(promoted), packing.mask[:, 0, 0], packing.seqlens
     rows, tokens = mask.shape
     lengths = seqlens or [tokens] * rows
-    places = [row.nonzero()[:, 0] for row in promoted.flatten().split(lengths)]
-    copies = max(map(len, places))
+    chosen = [row.nonzero()[:, 0] for row in promoted.flatten().split(lengths)]
+    copies = max(map(len, chosen))
     order, masks, inverse = [], [], []
     first = 0
-    for row, (own_places, own_mask) in enumerate(zip(places, (mask & ~promoted).flatten().split(lengths), strict=True)):
-        own = first + torch.arange(len(own_mask), device=mask.device)
-        missing = copies - len(own_places)
-        order += [own[:g], first + own_places, own[:1].expand(missing), own[g:]]
-        masks += [own_mask[:g], own_mask.new_ones(len(own_places)), own_mask.new_zeros(missing), own_mask[g:]]
-        start = first + row * copies  # of the row with its copies
-        of_row = start + own - first + copies * (own >= first + g)
-        of_row[own_places] = start + g + torch.arange(len(own_places), device=mask.device)
-        inverse.append(of_row)
-        first += len(own)
-    shape = (1, first + copies * len(places)) if seqlens else (rows, tokens + copies)
+    for row, (own, own_mask) in enumerate(zip(chosen, (mask & ~promoted).flatten().split(lengths), strict=True)):
+        places = first + torch.arange(len(own_mask), device=mask.device)
+        missing = copies - len(own)  # for which any token stands, masked
+        order += [places[:g], first + own, places[:1].expand(missing), places[g:]]
+        masks += [own_mask[:g], own_mask.new_ones(len(own)), own_mask.new_zeros(missing), own_mask[g:]]
+        # In the rows with copies, of which each row before this one has as many.
+        new_places = places + copies * row + copies * (places >= first + g)
+        new_places[own] = first + copies * row + g + torch.arange(len(own), device=mask.device)
+        inverse.append(new_places)
+        first += len(own_mask)
+    shape = (1, first + copies * len(chosen)) if seqlens else (rows, tokens + copies)
     new_seqlens = [length + copies for length in seqlens] if seqlens else None
     return Promotion(copies, torch.cat(order), torch.cat(inverse), shape, torch.cat(masks).view(shape), new_seqlens)

@@ -109,6 +109,26 @@ class LSGSeq2SeqModel(LSGWrapper):
         return cls.lsg_part_class.counted_positions(config)
 
 
+def named_outputs(encoder_outputs: Any) -> Any:
+    """What an encoder returned, by its names. A plain tuple has the states of the global tokens as its only tensor but
+    the first."""
+    if isinstance(encoder_outputs, dict):
+        return encoder_outputs
+    text, *others = encoder_outputs
+    captured = [x for x in others if not isinstance(x, torch.Tensor)]
+    global_states = [x for x in others if isinstance(x, torch.Tensor)]
+    named = BaseModelOutput(text, *captured[:2])
+    if global_states:
+        named["global_hidden_state"] = global_states[0]
+    return named
+
+
+def with_passed_tokens(encoded: Any) -> BaseModelOutput:
+    """The outputs of an encoder as the decoder sees them: the global tokens that are passed on stand in front."""
+    states = torch.cat([encoded["global_hidden_state"], encoded["last_hidden_state"]], dim=1)
+    return BaseModelOutput(states, encoded.get("hidden_states"), encoded.get("attentions"))
+
+
 def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     """Make the forward of an encoder-decoder model show the decoder the global tokens that its encoder passes on.
 
@@ -131,12 +151,10 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 return_dict=True,
                 **others,
             )
-        encoded = kwargs["encoder_outputs"]
-        text, global_states = encoded[0], getattr(encoded, "global_hidden_state", None)
+        encoded = named_outputs(kwargs["encoder_outputs"])
+        text, global_states = encoded["last_hidden_state"], encoded.get("global_hidden_state")
         if global_states is not None:
-            states = torch.cat([global_states, text], dim=1)
-            captured = {name: encoded.get(name) for name in ("hidden_states", "attentions")}
-            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=states, **captured)
+            kwargs["encoder_outputs"] = with_passed_tokens(encoded)
             if mask is not None:
                 kwargs["attention_mask"] = F.pad(mask, (global_states.shape[1], 0), value=1)
         elif passes_global_tokens(self.config) and self.config.num_global_tokens:
@@ -147,8 +165,8 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         return_dict = kwargs.pop("return_dict", None)
         outputs = stock_forward(self, **kwargs, return_dict=True)
         outputs["encoder_last_hidden_state"] = text
-        if getattr(encoded, "global_attentions", None) is not None:
-            outputs["encoder_global_attentions"] = encoded.global_attentions
+        if encoded.get("global_attentions") is not None:
+            outputs["encoder_global_attentions"] = encoded["global_attentions"]
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     return forward

@@ -220,7 +220,8 @@ def _new_scans(*arguments: Any) -> _Scans:
         return query.new_empty((rows, heads, -(-keys // _key_tile(query)) + 1), dtype=torch.int8)
 
     return _Scans(
-        query.new_full((0 if mask is None else rows,), layout.num_global_tokens, dtype=torch.int32),
+        # A row has its first token, also where that one is no key.
+        query.new_full((0 if mask is None else rows,), layout.num_global_tokens + 1, dtype=torch.int32),
         full_tiles(0 if mask is None else 1, layout.num_blocks(text_length) * layout.block_size),
         full_tiles(0 if sparse_mask is None else sparse_mask.shape[1], layout.num_sparse_keys(text_length)),
     )
