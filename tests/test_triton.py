@@ -460,9 +460,9 @@ def test_largest_norms(shape):
     key = states[1].detach().transpose(1, 2)
     key[0, 0, g + 5] = key[0, 0, g + 6]  # of equal norms the first is chosen
     index, kept = choose_largest_norm(key, keep[:, None], g, block, chunk, factor)
-    places = largest_norm(key[:, :, g:], keep[:, None, g:], LSGLayout(g, block, chunk, factor))
-    padded = pad_to_multiple(keep[:, None, g:], block, dim=2).expand(-1, HEADS, -1)
-    assert index.shape == places.shape and torch.equal(kept, padded.gather(2, places))
+    padded = pad_to_multiple(keep[:, None, g:], block, dim=2)
+    places = largest_norm(key[:, :, g:], padded, LSGLayout(g, block, chunk, factor))
+    assert index.shape == places.shape and torch.equal(kept, padded.expand(-1, HEADS, -1).gather(2, places))
     places = places + g + (g + t) * torch.arange(batch, device=DEVICE)[:, None, None]
     assert torch.equal(index[kept], places[kept]) and index.min() >= 0 and index.max() < batch * (g + t)
 
