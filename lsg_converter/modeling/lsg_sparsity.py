@@ -94,8 +94,8 @@ def choose_tokens(
 
 
 def largest_norm(key: torch.Tensor, mask: torch.Tensor, layout: LSGLayout) -> torch.Tensor:
-    """In each chunk the `1 / f` of the tokens with the largest key norm, in their order; masked ones come last. The mask,
-    unlike the keys, is padded to whole blocks."""
+    """In each chunk the `1 / f` of the tokens with the largest key norm, in their order; masked ones come last. The
+    mask, unlike the keys, is padded to whole blocks."""
     # In float32: half precision would rank other keys first. As (batch, tokens, heads, head_dim), which is how the
     # projections lay keys down.
     norm = torch.linalg.vector_norm(key.transpose(1, 2), dim=-1, dtype=_at_least_float32(key)).transpose(1, 2)
