@@ -64,7 +64,7 @@ def test_resized_it_gives_the_same(published, tmp_path):
 def test_the_first_global_token_can_be_kept(published, tmp_path, capsys):
     source, _ = published
     assert run_command(source, tmp_path / "first", "--keep_first_global_token") == 0
-    assert "512 rows rebuilt but for the first, 1 used" in capsys.readouterr().out
+    assert "512 rows rebuilt but for the first, " in capsys.readouterr().out
     assert run_command(source, tmp_path / "none", "--rebuild_global_tokens") == 0
     old, first, none = (tables(folder)[0] for folder in (source, tmp_path / "first", tmp_path / "none"))
     assert torch.equal(first[0], old[0]) and torch.equal(first[1:], none[1:])
