@@ -2,7 +2,7 @@
 
 A global query attends to all keys. A text query in block `i` attends, in one softmax, to the global keys, to the text
 keys of the blocks `i - 1`, `i`, `i + 1`, and to the sparse keys on either side of them. A text of at most two blocks
-gets ordinary full attention.
+gets ordinary full attention. In the causal form a text query sees no key behind it, and a global query none at all.
 """
 
 from collections.abc import Callable
@@ -42,6 +42,7 @@ def lsg_attention(
     sparsity_factor: int = 2,
     sparsity_type: str | None = "norm",
     full_attention_length: int | None = None,
+    causal: bool = False,
     lsh_num_pre_rounds: int = 1,
     lsh_seed: int = 0,
     dropout: float = 0.0,
@@ -55,6 +56,7 @@ def lsg_attention(
         attention_mask: boolean, shape (batch, g + t): True where a token may be attended to.
         full_attention_length: up to how many tokens of text a row gets full attention, counted up to its last that is
             not masked; at least `2 * block_size`.
+        causal: whether a token of text sees none behind it; the output of a global token is then its query.
         dropout: the probability with which a probability is dropped.
         kernel: "eager", which is the plain reference and also returns its probabilities; "sdpa", which takes what
             `choose_kernel` says; or one of `KERNELS` by its name.
@@ -67,10 +69,12 @@ def lsg_attention(
         queries and those of the global queries, of shapes (batch, heads, t, keys) and (batch, heads, g, g + t). The
         keys of a text query in block `i` are the globals, the text blocks `i - 1`, `i`, `i + 1`, the sparse keys on the
         left and those on the right; where all of the batch gets full attention they are all `g + t` keys. Of a row that
-        gets it beside longer ones, and is longer than two blocks, they are not a number (NaN).
+        gets it beside longer ones, and is longer than two blocks, they are not a number (NaN). In the causal form there
+        are no keys of the block `i + 1` and on the right, and those of the global queries are zero.
 
     Raises:
-        ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, or a kernel takes no `seqlens`.
+        ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, a kernel takes no `seqlens`, or
+            a causal one is to give longer texts full attention.
     """
     batch, _, length, _ = query.shape
     if key.shape != query.shape or value.shape != query.shape or attention_mask.shape != (batch, length):
@@ -79,7 +83,7 @@ def lsg_attention(
             f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(attention_mask.shape)}"
         )
     sizes = num_global_tokens, block_size, sparse_block_size, sparsity_factor
-    layout = LSGLayout.from_fields(*sizes, sparsity_type, full_attention_length)
+    layout = LSGLayout.from_fields(*sizes, sparsity_type, full_attention_length, causal)
     kernel = choose_kernel(query, kernel, layout, dropout)
     if seqlens is not None and not (kernel == "cpu" and batch == 1 and sum(seqlens) == length):
         raise ValueError(
@@ -90,8 +94,17 @@ def lsg_attention(
 
     g = num_global_tokens
     if seqlens is None and layout.is_short(length - g):
-        output, probabilities = attend(query, key, value, attention_mask[:, None, None], dropout)
-        return output, probabilities if probabilities is None else (probabilities[:, :, g:], probabilities[:, :, :g])
+        mask = attention_mask[:, None, None]
+        if causal:
+            place = torch.arange(length, device=query.device)
+            mask = mask & ((place < g) | (place <= place[:, None]))
+        output, probabilities = attend(query, key, value, mask, dropout)
+        if causal:
+            output = torch.cat([query[:, :, :g], output[:, :, g:]], dim=2)
+        if probabilities is None:
+            return output, None
+        to_all = probabilities[:, :, :g]
+        return output, (probabilities[:, :, g:], torch.zeros_like(to_all) if causal else to_all)
 
     shorten = partial(
         sparsify,
@@ -265,10 +278,18 @@ def blockwise_attention(
     seen_key, seen_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
     seen_mask = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
     blocks = text_query.unflatten(2, (num_blocks, layout.block_size)).flatten(1, 2)
-    text_output, text_probabilities = attend(blocks, seen_key, seen_value, seen_mask[:, :, None], dropout)
+    block_mask = seen_mask[:, :, None]
+    if layout.causal:
+        column, row = (torch.arange(size, device=query.device) for size in (seen_mask.shape[2], layout.block_size))
+        own = column - g - layout.block_size  # the place in the block of the keys of its own tokens
+        block_mask = block_mask & ((own <= row[:, None]) | (own >= layout.block_size))
+    text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout)
     text_output = take_first(text_output.view(text_query.shape), length - g)
 
-    global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
+    if layout.causal:
+        global_output, global_probabilities = query[:, :, :g], query.new_zeros(*query.shape[:2], g, length)
+    else:
+        global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
     output = torch.cat([global_output, text_output], dim=2)
     probabilities = None
     if text_probabilities is not None and global_probabilities is not None:

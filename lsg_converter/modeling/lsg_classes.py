@@ -7,9 +7,11 @@ stand in it: what one process pickles, another can read.
 import sys
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.versions import require_version
 
 
@@ -60,6 +62,18 @@ class LSGWrapper(LSGPreTrained):
                 setattr(self, name, self.lsg_part_class(config, **options))
         del self._no_split_modules  # It names modules of the stock part; those of ours are gathered in its place.
         self.post_init()  # type: ignore[attr-defined]
+
+    def create_masks_for_generate(
+        self, config: Any, attention_mask: torch.Tensor | None, past_key_values: Any, **kwargs: Any
+    ) -> Any:
+        """As in Transformers; a decoder that has LSG takes a mask (batch, tokens), as long as a static cache."""
+        if not getattr(config, "causal", False):
+            arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+            return create_masks_for_generate(config=config, **arguments)
+        if attention_mask is None:
+            return None
+        room = past_key_values.layers[0].max_cache_len - attention_mask.shape[1]
+        return F.pad(attention_mask, (0, max(room, 0)), value=1)
 
     def _prepare_static_cache(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, with room for the global tokens that an encoder passes on: it counts its first output."""

@@ -55,12 +55,13 @@ class LSGConfig:
     adaptive: bool = True
     attention_kernel: str | None = None
 
-    # Whether `is_decoder` may be set, which Transformers does where a sequence-to-sequence model is only its decoder.
-    may_be_decoder: ClassVar[bool] = False
+    # Whether `is_decoder` asks for the causal form: in families with a model that is a decoder alone.
+    has_causal_form: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A subclass of a strict configuration is strict only if it is made so again.
         super().__init_subclass__(**kwargs)
+        cls.has_causal_form = hasattr(cls, "add_cross_attention")
         if issubclass(cls, PreTrainedConfig):
             strict(cls)
 
@@ -106,8 +107,14 @@ class LSGConfig:
         require(
             "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
         )
-        causal = getattr(self, "is_decoder", False) and not self.may_be_decoder
-        require("is_decoder", not causal, "False: LSG has no causal form yet")
+        if getattr(self, "is_decoder", False) and not isinstance(self, LSGSeq2SeqConfig):
+            require("is_decoder", self.has_causal_form, f"False: {self.model_type} has no causal form")  # type: ignore[attr-defined]
+            require(
+                "full_attention_length",
+                (full or 0) <= 2 * block,
+                f"none, or two blocks, {2 * block}, in the causal form: what a token sees must not depend on those "
+                "behind it",
+            )
         require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
         if self.layout.sparse_block_size:
             chunk = self.layout.chunk_size
@@ -132,7 +139,13 @@ class LSGConfig:
             self.sparsity_factor,
             self.sparsity_type,
             self.full_attention_length,
+            self.causal,
         )
+
+    @property
+    def causal(self) -> bool:
+        """Whether the attention has its causal form."""
+        return self.has_causal_form and self.is_decoder  # type: ignore[attr-defined]
 
     @property
     def attention_arguments(self) -> dict[str, Any]:
@@ -147,7 +160,7 @@ class LSGConfig:
             "lsh_num_pre_rounds",
             "lsh_seed",
         )
-        return {name: getattr(self, name) for name in names} | {"kernel": self.kernel}
+        return {name: getattr(self, name) for name in names} | {"kernel": self.kernel, "causal": self.causal}
 
     @property
     def kernel(self) -> str:
@@ -166,4 +179,3 @@ class LSGSeq2SeqConfig(LSGConfig):
     """
 
     pass_global_tokens_to_decoder: bool = True
-    may_be_decoder: ClassVar[bool] = True

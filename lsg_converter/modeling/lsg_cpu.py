@@ -73,11 +73,19 @@ class KeyRange(NamedTuple):
 
 
 class Tile:
-    """The queries `[start, stop)` and the keys that all of them see; `masked` where some of these are masked."""
+    """The queries `[start, stop)` and the keys that all of them see; `masked` where some of these are masked.
 
-    def __init__(self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool) -> None:
+    In a causal one, a query sees no key of the tile's own tokens that is behind it. One without keys gives back its
+    queries, as those of causal global tokens.
+    """
+
+    def __init__(
+        self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool, causal: bool = False
+    ) -> None:
         self.start, self.stop, self.key_ranges, self.masked = start, stop, key_ranges, masked
         self.sizes = [keys.stop - keys.start for keys in key_ranges]
+        # In a causal tile: the column of its first own token.
+        self.diagonal = sum(self.sizes[: key_ranges.index(KeyRange(TOKENS, start, stop))]) if causal else None
         self.num_keys = sum(self.sizes)
         # Several ranges are loaded into a workspace and padded there, since products of odd sizes are slower.
         self.num_columns = self.num_keys if len(key_ranges) == 1 else -(-self.num_keys // 16) * 16
@@ -102,12 +110,15 @@ def list_tiles(
         stop = start + max(used_length(attention_mask[start:end]), min(g + 1, length))
         sparse_stop = sparse_start + used_length(sparse_mask[:, sparse_start:sparse_end].any(0))
         text, row = start + g, KeyRange(TOKENS, start, stop)
-        short = layout.is_short(stop - text)
+        short = layout.is_short(stop - text) and not layout.causal  # whose windows show all of two blocks
         masked = not bool(attention_mask[start:stop].all())
         # Queries that see the whole row: all of a short one, else the globals.
         row_stop, step = stop if short else text, max(MAX_SCORES // max(stop - start, 1), 1)
-        for query in range(start, row_stop, step):
-            yield Tile(query, min(query + step, row_stop), [row], masked)
+        if layout.causal and g:
+            yield Tile(start, text, [], masked)
+        else:
+            for query in range(start, row_stop, step):
+                yield Tile(query, min(query + step, row_stop), [row], masked)
         if short:
             continue
         masked = masked or not bool(sparse_mask[:, sparse_start:sparse_stop].all())
@@ -116,7 +127,7 @@ def list_tiles(
             key_ranges += window_ranges(TOKENS, layout.local_window, i, text, stop)
             for window in layout.sparse_windows:
                 key_ranges += window_ranges(SPARSE, window, i, sparse_start, sparse_stop)
-            yield Tile(query, min(query + block, stop), key_ranges, masked)
+            yield Tile(query, min(query + block, stop), key_ranges, masked, layout.causal)
 
 
 def window_ranges(tensor: int, window: Window, block: int, start: int, stop: int) -> list[KeyRange]:
@@ -247,6 +258,10 @@ class TiledAttention:
     def probabilities(self, tile: Tile, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Before dropout: shape (heads, queries, columns)."""
         scores = self.matmul("probabilities", query, key.transpose(1, 2), self.scale)
+        if tile.diagonal is not None:
+            size = query.shape[1]
+            behind = torch.ones(size, size, dtype=torch.bool).triu(1)
+            scores[:, :, tile.diagonal : tile.diagonal + size].masked_fill_(behind, -torch.inf)
         if not tile.masked:
             scores[:, :, tile.num_keys :] = -torch.inf
             return torch.softmax(scores, -1, out=scores)
@@ -269,6 +284,9 @@ class TiledAttention:
     def forward(self, output: torch.Tensor) -> None:
         """Write the output, (heads, tokens, head_dim)."""
         for number, tile in enumerate(self.tiles):
+            if not tile.key_ranges:
+                output[:, tile.start : tile.stop] = self.tensors[0][:, tile.start : tile.stop]
+                continue
             query = self.load_queries(tile, self.tensors[0])
             probabilities = self.probabilities(tile, query, self.load_keys(tile))
             mask = self.dropout_mask(number)
@@ -280,6 +298,9 @@ class TiledAttention:
     def backward(self, grad_output: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """Add the gradients of the tensors to `grads`."""
         for number, tile in enumerate(self.tiles):
+            if not tile.key_ranges:
+                grads[0][:, tile.start : tile.stop] = grad_output[:, tile.start : tile.stop]
+                continue
             query, grad_rows = (self.load_queries(tile, x) for x in (self.tensors[0], grad_output))
             key, value = self.load_keys(tile), self.load_values(tile)
             probabilities, mask = self.probabilities(tile, query, key), self.dropout_mask(number)

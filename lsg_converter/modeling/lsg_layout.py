@@ -2,7 +2,8 @@
 
 A text of `t` tokens is cut into blocks of `B`. The queries of block `i` see the text keys of the blocks
 `i - 1`, `i`, `i + 1`, and, in the sparse sequence of `t / f` keys, the `S` keys that end where this local
-window begins and the `S` keys that begin where it ends.
+window begins and the `S` keys that begin where it ends. In the causal form block `i` sees the blocks `i - 1` and `i`,
+this one up to each query, and the `S` sparse keys on the left.
 """
 
 import hashlib
@@ -53,6 +54,8 @@ class LSGLayout(NamedTuple):
         sparse_block_size: sparse keys that a block sees on each side; 0 where there are no sparse keys.
         sparsity_factor: tokens of text for each sparse key; 1 where there are no sparse keys.
         full_attention_length: the longest text that gets ordinary full attention; two blocks where it says less.
+        causal: whether a token of text sees none behind it. Then a global token sees nothing at all: its output is its
+            query, so that no text looks ahead through it.
     """
 
     num_global_tokens: int
@@ -60,6 +63,7 @@ class LSGLayout(NamedTuple):
     sparse_block_size: int
     sparsity_factor: int
     full_attention_length: int = 0
+    causal: bool = False
 
     @classmethod
     def from_fields(
@@ -70,11 +74,22 @@ class LSGLayout(NamedTuple):
         sparsity_factor: int,
         sparsity_type: str | None,
         full_attention_length: int | None = None,
+        causal: bool = False,
     ) -> "LSGLayout":
-        """The layout that the fields of a configuration ask for. It is decided here whether there are sparse keys."""
+        """The layout that the fields of a configuration ask for. It is decided here whether there are sparse keys.
+
+        Raises:
+            ValueError: where a causal one is to give more than two blocks full attention: what a token sees would then
+                depend on how long the text behind it is.
+        """
         if sparsity_type in (None, "none") or not sparse_block_size or not sparsity_factor:
             sparse_block_size, sparsity_factor = 0, 1
-        return cls(num_global_tokens, block_size, sparse_block_size, sparsity_factor, full_attention_length or 0)
+        full = full_attention_length or 0
+        if causal and full > 2 * block_size:
+            raise ValueError(
+                f"full_attention_length: got {full}; the causal form allows two blocks, {2 * block_size}, or none"
+            )
+        return cls(num_global_tokens, block_size, sparse_block_size, sparsity_factor, full, causal)
 
     @property
     def chunk_size(self) -> int:
@@ -111,16 +126,19 @@ class LSGLayout(NamedTuple):
 
     @property
     def local_window(self) -> Window:
-        """Of the text: a block and the two beside it."""
-        return Window(offset=-self.block_size, size=3 * self.block_size, step=self.block_size)
+        """Of the text: a block and the two beside it; in the causal form the one before it."""
+        blocks = 2 if self.causal else 3
+        return Window(offset=-self.block_size, size=blocks * self.block_size, step=self.block_size)
 
     @property
     def sparse_windows(self) -> tuple[Window, ...]:
-        """Of the sparse sequence: the keys up to where the local window begins, and those from where it ends."""
+        """Of the sparse sequence: the keys up to where the local window begins, and, but for the causal form, those
+        from where it ends."""
         size, step = self.sparse_block_size, self.sparse_step
         if not size:
             return ()
-        return Window(offset=-step - size, size=size, step=step), Window(offset=2 * step, size=size, step=step)
+        left = Window(offset=-step - size, size=size, step=step)
+        return (left,) if self.causal else (left, Window(offset=2 * step, size=size, step=step))
 
 
 class KeyValues(NamedTuple):

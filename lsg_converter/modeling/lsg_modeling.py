@@ -16,14 +16,9 @@ from transformers.utils import TransformersKwargs, logging
 from .lsg_attention import ATTN_IMPLEMENTATIONS
 from .lsg_classes import LSGPreTrained, define_modules, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
+from .lsg_generation import CACHE_NAMES, Past, given_cache, prepare_cache
 from .lsg_layout import is_exporting
-from .lsg_modules import (
-    CACHE_NAMES,
-    LSGEmbeddings,
-    LSGEncoder,
-    LSGSelfAttention,
-    given_cache,
-)
+from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention
 from .lsg_packing import Packing, pack_batch, promote
 
 
@@ -47,6 +42,10 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
 
     A cache may hold keys and values of `p` tokens in front of the text, as in prefix tuning: all tokens see them. Then
     `attention_mask` may be (batch, p + t), and probabilities have `p` keys more, in front.
+
+    In a decoder a cache holds the text before the new tokens, and `attention_mask` is of all. With "eager" the
+    probabilities of a step are (batch, heads, new tokens, keys), its keys being those of `t` tokens in all, up to two
+    blocks, and else the globals, the blocks `i - 1` and `i`, and the sparse keys.
     """
     names = argument_names(stock_forward)
 
@@ -60,19 +59,29 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         return_dict = self.config.return_dict if return_dict is None else return_dict
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         promoted, packing, prefix = kwargs.pop("global_attention_mask", None), None, 0
+        past: Past | None = None
         if "position_ids" not in names and kwargs.pop("position_ids", None) is not None:
             logger.warning_once(f"position_ids: {type(self).__name__} has no such argument, and ignores it")
         if tokens is not None:
             self.check_input(tokens, kwargs)
             self.warn_of_unknown(kwargs, names)
-            prefix_mask = self.cut_prefix(kwargs, tokens)
             kernel = self.config.kernel
-            if prefix_mask is not None:
-                kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
-                kernel = "portable"  # The rows of a cache do not lie end to end.
-            first_token = self.find_first_token(kwargs)
+            if self.config.causal:
+                first_token = self.find_first_token(kwargs)
+                past = self.read_past(kwargs, tokens, first_token)
+                if kwargs.get("encoder_hidden_states") is not None:
+                    kernel = "portable"  # Rows of text go with rows that the encoder has read.
+            else:
+                prefix_mask = self.cut_prefix(kwargs, tokens)
+                if prefix_mask is not None:
+                    kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
+                    kernel = "portable"  # The rows of a cache do not lie end to end.
+                first_token = self.find_first_token(kwargs)
             mask = self.extend_mask(kwargs.get("attention_mask"), tokens, first_token)
-            packing = pack_batch(mask, first_token, self.config.num_global_tokens, kernel)
+            if past is None or not past.is_step:
+                packing = pack_batch(mask, first_token, self.config.num_global_tokens, kernel)
+            if past is not None:
+                kwargs["past"] = past = past._replace(packing=packing)
             promoted = self.find_promoted(promoted, mask)
             if promoted is not None:
                 kwargs["promotion"] = promote(promoted, mask, packing, self.config.num_global_tokens)
@@ -81,7 +90,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["attention_mask"] = mask
             self.insert_global_tokens(kwargs)
         outputs = stock_forward(self, **kwargs, return_dict=True)
-        self.strip_outputs(outputs, packing, promoted, prefix)
+        self.strip_outputs(outputs, packing, promoted, prefix, past)
         return outputs if return_dict else outputs.to_tuple()
 
     return forward
@@ -157,7 +166,9 @@ class LSGReader(LSGPreTrained):
             config.validate_lsg()  # A field may have been set since the last text.
         cache = given_cache(arguments)
         limit = config.max_position_embeddings - self.counted_positions(config)
-        limit -= 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
+        if not (torch.compiler.is_compiling() and isinstance(past, torch.Tensor)):  # of a static cache
+            limit -= int(past)
         if rows == 0:
             raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
         if length == 0:
@@ -203,6 +214,10 @@ class LSGReader(LSGPreTrained):
         g, shape = config.num_global_tokens, (mask.shape[0], mask.shape[-1] - config.num_global_tokens)
         if global_attention_mask is None:
             return None
+        if config.causal:
+            raise ValueError(
+                "global_attention_mask: got one for a decoder, whose tokens see none behind them; leave it out"
+            )
         if global_attention_mask.shape != shape:
             got = tuple(global_attention_mask.shape)
             raise ValueError(f"global_attention_mask: got shape {got}; it must be (batch, tokens), {shape}")
@@ -246,6 +261,23 @@ class LSGReader(LSGPreTrained):
         mask = torch.cat([mask.new_ones(shape[0], config.num_global_tokens), mask], dim=1)
         return mask[:, None, None]
 
+    def read_past(
+        self, arguments: dict[str, Any], tokens: torch.Tensor, first_token: torch.Tensor | None
+    ) -> Past | None:
+        """What a decoder knows of the text in a cache; None where it keeps none. The cache, which a model makes for
+        itself where it gets none, and the mask of the new tokens alone, are left in `arguments`."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        name = next((name for name in CACHE_NAMES if arguments.get(name) is not None), CACHE_NAMES[0])
+        use_cache = arguments.get("use_cache")
+        if arguments.get(name) is None and not (config.use_cache if use_cache is None else use_cache):
+            return None
+        with_cross_attention = arguments.get("encoder_hidden_states") is not None
+        arguments[name] = prepare_cache(arguments.get(name), with_cross_attention)
+        past = Past.of(given_cache(arguments), arguments.get("attention_mask"), first_token, tokens)
+        past = past.hide(config.mask_first_token)
+        arguments["attention_mask"] = None if past.is_step else past.mask[:, : tokens.shape[1]]
+        return past
+
     def cut_prefix(self, arguments: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
         """The mask of a cache's tokens, (batch, p), cut off `attention_mask`; None where there is no cache."""
         cache, mask = given_cache(arguments), arguments.get("attention_mask")
@@ -261,7 +293,14 @@ class LSGReader(LSGPreTrained):
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings module does not."""
 
-    def strip_outputs(self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None, prefix: int) -> None:
+    def strip_outputs(
+        self,
+        outputs: Any,
+        packing: Packing | None,
+        promoted: torch.Tensor | None,
+        prefix: int,
+        past: Past | None = None,
+    ) -> None:
         """Cut the global tokens off the captured states and probabilities, and unpack them. The last state is done."""
         config = self.config  # type: ignore[attr-defined]
         g = config.num_global_tokens
@@ -270,22 +309,30 @@ class LSGReader(LSGPreTrained):
             unpack = packing.unpack if packing is not None else lambda states: states
             inner = [None if states is None else unpack(states)[:, g:] for states in inner]
             outputs["hidden_states"] = (*inner, last)
-        split_attentions(outputs, config, prefix, None if packing is None else packing.first_token, promoted)
+        if outputs.get("cross_attentions"):
+            outputs["cross_attentions"] = tuple(x[:, :, g:] for x in outputs["cross_attentions"])
+        before = past.length if past is not None and past.is_step and isinstance(past.length, int) else 0
+        split_attentions(outputs, config, prefix, None if packing is None else packing.first_token, promoted, before)
 
 
 def split_attentions(
-    outputs: Any, config: Any, prefix: int, first_token: torch.Tensor | None, promoted: torch.Tensor | None
+    outputs: Any,
+    config: Any,
+    prefix: int,
+    first_token: torch.Tensor | None,
+    promoted: torch.Tensor | None,
+    before: int = 0,
 ) -> None:
     """Split the captured probabilities into those of the text and those of the global tokens.
 
-    Rows that were read from their first token on get their places back. Promoted tokens have theirs behind the global
+    In a step of generation `before` tokens stand in the cache. Rows that were read from their first token on get their places back. Promoted tokens have theirs behind the global
     tokens', and NaN among those of the text.
     """
     if not outputs.get("attentions"):
         return
     text, to_all = zip(*outputs["attentions"], strict=True)
     length = text[0].shape[2]
-    full = config.layout.is_short(length)
+    full = config.layout.is_short(before + length)
     if full:
         stop = prefix + config.num_global_tokens
         text = tuple(torch.cat([x[..., :prefix], x[..., stop:]], dim=-1) for x in text)

@@ -1,6 +1,5 @@
 """What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +8,8 @@ from torch import nn
 
 from .lsg_attention import lsg_attention
 from .lsg_config import MAX_GLOBAL_TOKENS
+from .lsg_generation import Past, cached_attention, given_cache
 from .lsg_packing import Packing, Promotion
-
-
-CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
 
 
 class LSGEmbeddings:
@@ -54,11 +51,6 @@ class LSGPositions:
         return self.weight[first : first + length]
 
 
-def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache of keys and values among the arguments of a forward, by either name that Transformers has; or None."""
-    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
-
-
 class LSGSelfAttention:
     """Mixed into a self-attention: its projections, then `lsg_attention`, then what the family does with the result."""
 
@@ -75,11 +67,13 @@ class LSGSelfAttention:
         seqlens: list[int] | None = None,
         promotion: Promotion | None = None,
         prefix_mask: torch.Tensor | None = None,
+        past: Past | None = None,
         **kwargs: Any,
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
         they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens).
-        `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to."""
+        `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to; `past` stands in
+        its place in a decoder."""
         heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
         query, key, value = (
             getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
@@ -89,19 +83,23 @@ class LSGSelfAttention:
             query, key, value = (promotion.insert(x) for x in (query, key, value))
             mask, seqlens = promotion.mask, promotion.seqlens
             arguments["num_global_tokens"] += promotion.copies
-        prefix = 0
+        dropout = getattr(self, self.dropout_name)
+        arguments["dropout"] = getattr(dropout, "p", dropout) if self.training else 0.0
+        prefix, cache = 0, given_cache(kwargs)
+        if cache is None and (prefix_mask is not None or (past is not None and past.is_step)):
+            raise ValueError("past_key_values: gradient checkpointing takes the cache away; train without it")
+        if past is not None and cache is not None:
+            result = cached_attention(query, key, value, cache, self.layer_idx, past, arguments)  # type: ignore[attr-defined]
+            if result is not None:
+                output, probabilities = result
+                return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
         if prefix_mask is not None:
             # All see the tokens of a cache: they are global ones, but for their own outputs, which nobody asks for.
-            cache = given_cache(kwargs)
-            if cache is None:
-                raise ValueError("past_key_values: gradient checkpointing takes the cache away; train without it")
             key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
             prefix = prefix_mask.shape[1]
             query, mask = F.pad(query, (0, 0, prefix, 0)), torch.cat([prefix_mask, mask], dim=1)
             arguments["num_global_tokens"] += prefix
-        dropout = getattr(self, self.dropout_name)
-        dropout = getattr(dropout, "p", dropout) if self.training else 0.0
-        output, probabilities = lsg_attention(query, key, value, mask, **arguments, dropout=dropout, seqlens=seqlens)
+        output, probabilities = lsg_attention(query, key, value, mask, **arguments, seqlens=seqlens)
         output = output[:, :, prefix:]
         if probabilities is not None:
             probabilities = probabilities[0], probabilities[1][:, :, prefix:]
@@ -123,18 +121,24 @@ class LSGSeq2SeqAttention(LSGSelfAttention):
         return self.out_proj(output)  # type: ignore[attr-defined]
 
 
-def strip_global_tokens(states: torch.Tensor, config: Any, first_token: torch.Tensor | None = None) -> torch.Tensor:
+def strip_global_tokens(
+    states: torch.Tensor,
+    config: Any,
+    first_token: torch.Tensor | None = None,
+    past_length: int | torch.Tensor = 0,
+) -> torch.Tensor:
     """The final states at the positions of the text: (batch, g + t, width) to (batch, t, width).
 
     With `pool_with_global` the state of the first token of the text, whose places are `first_token` where they are not
-    0, is that of the first global token. So is that at place 0, which heads read, also where there is padding.
+    0, is that of the first global token. So is that at place 0, which heads read, also where there is padding. The
+    places count from `past_length`.
     """
     g = config.num_global_tokens
     text = states[:, g:]
     if not config.pool_with_global or g == 0:
         return text
     # Joined slices would bring conditions on their lengths into an exported graph.
-    places = torch.arange(text.shape[1], device=text.device)
+    places = past_length + torch.arange(text.shape[1], device=text.device)
     first = places == 0
     if first_token is not None:
         first = first | (places == first_token[:, None])
@@ -156,8 +160,10 @@ class LSGEncoder:
         **kwargs: Any,
     ) -> Any:
         if packing is None:
+            past = kwargs.get("past")
+            told = () if past is None else (past.first_token, past.length)
             outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-            outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config)
+            outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config, *told)
             return outputs
         states, kwargs["seqlens"] = packing.pack(hidden_states), packing.seqlens
         outputs = super().forward(states, packing.mask, *args, **kwargs)  # type: ignore[misc]
