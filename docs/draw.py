@@ -103,7 +103,7 @@ def draw_attention(path: Path) -> None:
     """Full, local and LSG attention side by side; what one block of queries sees is framed and counted."""
     from matplotlib.figure import Figure
 
-    g, block_size, sparse_block_size, factor, _ = LSG
+    g, block_size, sparse_block_size, factor, *_ = LSG
     figure = Figure(figsize=(6.5, 3.8), dpi=160, layout="constrained")
     axes = figure.subplot_mosaic([["full", "local", "lsg"], ["legend", "legend", "lsg"]], width_ratios=[1, 1, 2.6])
     draw_seen(axes["full"], FULL, "Full")

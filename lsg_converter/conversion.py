@@ -143,6 +143,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
         source_positions=trained,
         positions=length,
         changed=[positions, f"global tokens: 512 rows {kept}, {config.num_global_tokens} used"]
+        + (["attention: causal (is_decoder)"] if config.causal else [])
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
         warnings=list(source.warnings),
@@ -151,7 +152,13 @@ def plan(source: Source, config: Any) -> ConversionReport:
 
 
 def advice(source: Source, config: Any) -> list[str]:
-    """What suits a model that is likely used without training it again: one for sentences, or with a trained head."""
+    """What suits a decoder, and a model that is likely used without training it again: one for sentences, or with a
+    trained head."""
+    if config.causal and config.pool_with_global and config.num_global_tokens:
+        return [
+            "pool_with_global puts the state of a global token in the place of the first token's, from which a decoder "
+            "says what comes second; --model_kwargs \"{'pool_with_global': False}\" keeps the token's own"
+        ]
     trained_head = source.has_own_head and any(part in source.lsg_class.__name__ for part in TRAINED_HEADS)
     if source.options.exact or source.is_lsg or not (trained_head or sentence_class(source.folder)):
         return []
@@ -173,6 +180,12 @@ def lsg_config(source: Source) -> Any:
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
         check_type(f"model_kwargs: {name}", value, hints[name])
+    if options.exact and source.family.config_class.has_causal_form and source.config.is_decoder:
+        raise OptionError(
+            f"--exact: got it for a decoder, where what a token sees must not depend on those behind it; give "
+            f"--model_kwargs \"{{'num_global_tokens': 0, 'block_size': {-(-source.positions // 2)}}}\", where two "
+            "blocks have full attention"
+        )
     if options.exact:
         kwargs |= {"num_global_tokens": 0, "full_attention_length": source.positions}
     length = options.max_sequence_length

@@ -98,6 +98,8 @@ class Source:
             )
         self.lsg_class = self.family.lsg_class(options.architecture or named[0])
         self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
+        if self.family.is_causal(self.lsg_class):
+            content["is_decoder"] = True
         self.is_colbert = named == ["HF_ColBERT"]
         self.has_own_head = self.model_class.__name__ in named
         config_class = self.family.config_class if self.is_lsg else families.stock_class(self.family.config_class)

@@ -90,6 +90,10 @@ def checks(source: Source, config: Any, folder: Path, announce: Announce) -> Ite
     announce("reading a row alone and padded")
     with in_float64(model):
         yield padding_invariance(model, limit)
+        if config.causal:
+            announce("reading a text again, and in steps")
+            yield no_leak(model, limit)
+            yield same_in_steps(model, limit)
 
 
 def exact_lengths(source: Source, config: Any) -> list[int]:
@@ -304,6 +308,44 @@ def padding_invariance(model: PreTrainedModel, limit: int) -> Check:
     )
     require(difference <= PADDING_TOLERANCE, f"padding changes a row by {difference:.1e}")
     return Check(f"{length} tokens give the same alone and padded to {padded_length}", f"{difference:.0e}, float64")
+
+
+def long_text(model: PreTrainedModel, limit: int) -> tuple[torch.Tensor, int]:
+    """A text that every part of the attention reads, shape (1, tokens), and a place in it where its sparse keys are
+    those of several blocks."""
+    tokens = fitting(model, min(5 * model.config.block_size + 3, limit))
+    ids = random_ids(model, 1, tokens)
+    ids[ids == model.config.pad_token_id] += 1  # as in `padding_invariance`
+    return ids, max(3 * tokens // 4, 1)
+
+
+@torch.no_grad()
+def no_leak(model: PreTrainedModel, limit: int) -> Check:
+    """Other tokens behind a place change no state before it."""
+    ids, place = long_text(model, limit)
+    other = ids.clone()
+    other[:, place:] = (ids[:, place:] + 1) % model.config.vocab_size
+    before, after = (read(model, x)[0][:, :place] for x in (ids, other))
+    difference = float((before - after).abs().max() / before.abs().max())
+    require(difference <= PADDING_TOLERANCE, f"tokens behind a place change those before it by {difference:.1e}")
+    return Check(
+        f"the last {ids.shape[1] - place} of {ids.shape[1]} tokens change none before", f"{difference:.0e}, float64"
+    )
+
+
+@torch.no_grad()
+def same_in_steps(model: PreTrainedModel, limit: int) -> Check:
+    """A text gives the same in steps, with a cache, as at once."""
+    ids, place = long_text(model, limit)
+    whole, parts, cache = read(model, ids)[0], [], None
+    steps = [place, *[1] * min(4, ids.shape[1] - place), max(ids.shape[1] - place - 4, 0)]
+    for tokens in ids.split([tokens for tokens in steps if tokens], dim=1):
+        outputs = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        parts.append(outputs.last_hidden_state)
+    difference = float((torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max())
+    require(difference <= PADDING_TOLERANCE, f"steps with a cache change a text by {difference:.1e}")
+    return Check(f"{ids.shape[1]} tokens give the same in steps and at once", f"{difference:.0e}, float64")
 
 
 def run_heads(source: Source, folder: Path, announce: Announce) -> Iterator[HeadRun]:

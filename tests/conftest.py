@@ -42,6 +42,7 @@ class Golden:
         self.architecture = content["architecture"]
         self.conversions = {item["name"]: item for item in content["conversions"]}
         self.cases = {item["name"]: item for item in content["cases"] if not item["name"].startswith("causal_")}
+        self.causal_cases = {item["name"]: item for item in content["cases"] if item["name"] not in self.cases}
         self.expected = load_file(GOLDEN / name / "expected.safetensors")
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ def sparse_sequence(key, value, keep, first_query, block, sparse, factor, kind, 
     return result
 
 
-def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind="norm"):
+def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind="norm", causal=False):
     """The output for one row: query, key, value of shape (heads, g + t, width), keep of shape (g + t,)."""
     query, key, value = query.double(), key.double(), value.double()
     output = torch.zeros_like(query)
@@ -57,7 +57,8 @@ def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind
         everything = [(key[head, i], value[head, i]) if keep[i] else None for i in range(total)]
         short = text <= 2 * block
         for i in range(total if short else g):
-            output[head, i] = attend(query[head, i], everything)
+            seen = everything[: max(i + 1, g)] if causal else everything
+            output[head, i] = query[head, i] if causal and i < g else attend(query[head, i], seen)
         if short:
             continue
         pad = [(0, 0, 0, padded - text)]
@@ -67,11 +68,12 @@ def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind
         for position in range(text):
             i = position // block
             seen = everything[:g]
-            seen = seen + [everything[g + j] for j in range((i - 1) * block, (i + 2) * block) if 0 <= j < text]
+            stop = position + 1 if causal else (i + 2) * block
+            seen = seen + [everything[g + j] for j in range((i - 1) * block, stop) if 0 <= j < text]
             if shortened:
                 step = block // factor
                 left = range((i - 1) * step - sparse, (i - 1) * step)
-                right = range((i + 2) * step, (i + 2) * step + sparse)
+                right = range(0) if causal else range((i + 2) * step, (i + 2) * step + sparse)
                 seen = seen + [shortened[j] for j in (*left, *right) if 0 <= j < len(shortened)]
             output[head, g + position] = attend(query[head, g + position], seen)
     return output

@@ -183,7 +183,6 @@ SOURCES = [
     (config(hidden_size=24), "has the shape (16,), and by config.json it has (24,)"),
     (config(num_attention_heads=3), "config.json of"),
     (config(position_embedding_type="relative_key"), "LSG has no relative positions"),
-    (config(is_decoder=True), "LSG has no causal form yet"),
     (without("seq_relationship"), "lacks weights: cls.seq_relationship"),
     (config(max_position_embeddings=0), "max_position_embeddings is 0; correct it to at least 1"),
     (config(max_position_embeddings=-5), "max_position_embeddings"),

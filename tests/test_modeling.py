@@ -629,17 +629,15 @@ def test_every_lsg_field_can_be_overridden(converted):
             {"mask_first_token": True, "pool_with_global": False},
             "mask_first_token: got True; allowed is True only with",
         ),
-        ({"is_decoder": True}, "is_decoder: got True; allowed is False"),
+        ({"is_decoder": True}, "is_decoder: got True; allowed is False: .* has no causal form"),
         ({"block_size": "128"}, "Field 'block_size' expected int, got str"),
         ({"adaptive": 3}, "Field 'adaptive' expected bool, got int"),
     ],
     ids=str,
 )
 def test_a_field_that_is_not_allowed_is_an_error(converted, family, changes, message):
-    if "is_decoder" in changes and (
-        family.config_class.may_be_decoder or "is_decoder" not in vars(family.config_class())
-    ):
-        pytest.skip("the family has no causal form")
+    if "is_decoder" in changes and (family.config_class.has_causal_form or "is_decoder" in vars(family.config_class())):
+        pytest.skip("the family has a causal form, or a decoder of its own")
     with pytest.raises(Exception, match=message):
         AutoModel.from_pretrained(converted, trust_remote_code=True, **changes)
     content = json.loads((converted / "config.json").read_text())
@@ -659,8 +657,8 @@ def test_a_field_that_is_not_allowed_is_an_error(converted, family, changes, mes
 )
 def test_a_field_that_is_set_is_checked_too(load, family, converted, field, value, message):
     """When a model is built of the configuration, and when a model that has it reads the next text."""
-    if field == "is_decoder" and family.config_class.may_be_decoder:
-        pytest.skip("Transformers sets it itself, for the decoder")
+    if field == "is_decoder" and (family.config_class.has_causal_form or "is_decoder" in vars(family.config_class())):
+        pytest.skip("the family has a causal form, or Transformers sets it itself, for the decoder")
     config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
     setattr(config, field, value)
     for auto_class in (AutoModel, families.auto_class(heads(family)[-1])):

@@ -79,9 +79,7 @@ class Tile:
     queries, as those of causal global tokens.
     """
 
-    def __init__(
-        self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool, causal: bool = False
-    ) -> None:
+    def __init__(self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool, causal: bool = False) -> None:
         self.start, self.stop, self.key_ranges, self.masked = start, stop, key_ranges, masked
         self.sizes = [keys.stop - keys.start for keys in key_ranges]
         # In a causal tile: the column of its first own token.

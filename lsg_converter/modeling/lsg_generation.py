@@ -1,9 +1,9 @@
 """Generation with a cache: what a decoder reads of the text before its new tokens.
 
-A cache of Transformers holds the keys and values of the text. Those of the global tokens are computed at each step: they
-see nothing, so they never change. A new token in block `i` sees the blocks `i - 1` and `i` up to itself, and the sparse
-keys of the blocks before. Those blocks are complete and never change again, so that a step gives what the pass over the
-whole text gives. It reads a window of the cache, however long the text is.
+A cache of Transformers holds the keys and values of the text. Those of the global tokens are computed at each step:
+they see nothing, so they never change. A new token in block `i` sees the blocks `i - 1` and `i` up to itself, and the
+sparse keys of the blocks before. Those blocks are complete and never change again, so that a step gives what the pass
+over the whole text gives. It reads a window of the cache, however long the text is.
 """
 
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ def given_cache(arguments: Any) -> Any:
 class LSGCacheLayer(DynamicLayer):
     """A layer of a `DynamicCache` with room for tokens to come, so that a step does not copy what is there."""
 
+    keys: Any
+    values: Any
     room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -160,9 +162,7 @@ def cached_attention(
     new = query, key, value
     if past.packing is not None:
         heads, packing = query.shape[1], past.packing
-        new = tuple(
-            packing.unpack(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2) for x in new
-        )
+        new = tuple(packing.unpack(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2) for x in new)
     text = [x[:, :, g:] for x in new]
     cached = cache.update(text[1], text[2], layer_idx)
     layer: Any = cache.layers[layer_idx]
@@ -174,7 +174,9 @@ def cached_attention(
     first_query = layer.first_query
     if len(first_query) != len(query):
         first_query = first_query.repeat_interleave(len(query) // len(first_query), dim=0)
-    output, probabilities = step_attention(text[0], (key[:, :, :g], value[:, :, :g]), cached, past, first_query, arguments)
+    output, probabilities = step_attention(
+        text[0], (key[:, :, :g], value[:, :, :g]), cached, past, first_query, arguments
+    )
     output = torch.cat([query[:, :, :g], output], dim=2)
     if probabilities is None:
         return output, None
@@ -201,7 +203,8 @@ def step_attention(
     dropout, kernel = options.pop("dropout"), options.pop("kernel")
     sparsity = {name: options[name] for name in ("sparsity_type", "lsh_num_pre_rounds", "lsh_seed")}
     sizes = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type")
-    layout = LSGLayout.from_fields(*(options[name] for name in sizes), causal=True)._replace(num_global_tokens=0)
+    layout = LSGLayout.from_fields(**{name: options[name] for name in sizes}, causal=True)
+    layout = layout._replace(num_global_tokens=0)
     attend = eager_kernel if kernel == "eager" else sdpa_kernel
     (rows, heads, new, head_dim), block, device = query.shape, layout.block_size, query.device
     g = global_states[0].shape[2]
@@ -242,21 +245,18 @@ def step_attention(
     visible = torch.arange(2 * block, device=device) <= reach[..., None]
     local = windows(exists[:, None], before * block, 2 * block, block)
     masks = [local.new_ones(rows, 1, 1, 1, g), local[:, :, :, None] & visible[:, None, None]]
-    parts = [
+    parts: list[list[torch.Tensor]] = [
         [x[:, :, None].expand(-1, -1, num_blocks, -1, -1), windows(y, before * block, 2 * block, block)]
         for x, y in zip(global_states, seen, strict=True)
     ]
-    if before:
-        stop = (before + num_blocks - 1) * block
-        mask = exists[:, None, :stop]
-        shortened = sparsify(first_query[:, :, None], seen[0][:, :, :stop], seen[1][:, :, :stop], mask, layout, **sparsity)
-        if shortened is None or shortened.key is None or shortened.value is None:
-            raise AssertionError("a layout with sparse keys has them")
+    before_local = [x[:, :, : (before + num_blocks - 1) * block] for x in (*seen, exists[:, None])]
+    shortened = sparsify(first_query[:, :, None], *before_local, layout, **sparsity)
+    if shortened is not None and shortened.key is not None and shortened.value is not None:
         size, step = layout.sparse_block_size, layout.sparse_step
         start = before * step - size
         masks.append(windows(shortened.mask, start, size, step)[:, :, :, None])
-        for part, states in zip(parts, (shortened.key, shortened.value), strict=True):
-            part.append(windows(states, start, size, step))
+        for part, merged in zip(parts, (shortened.key, shortened.value), strict=True):
+            part.append(windows(merged, start, size, step))
     tile = visible.shape[1]
     mask = torch.cat([x.expand(rows, heads, num_blocks, tile, -1) for x in masks], dim=-1).flatten(1, 2)
     keys, values = (torch.cat(part, dim=3).flatten(1, 2) for part in parts)

@@ -325,8 +325,8 @@ def split_attentions(
 ) -> None:
     """Split the captured probabilities into those of the text and those of the global tokens.
 
-    In a step of generation `before` tokens stand in the cache. Rows that were read from their first token on get their places back. Promoted tokens have theirs behind the global
-    tokens', and NaN among those of the text.
+    In a step of generation `before` tokens stand in the cache. Rows that were read from their first token on get their
+    places back. Promoted tokens have theirs behind the global tokens', and NaN among those of the text.
     """
     if not outputs.get("attentions"):
         return
