@@ -495,6 +495,7 @@ def test_says_what_it_cannot_do():
     assert "float64" in triton_serves(query.double(), layout(32, 32, 2, 1))
     assert "block_size" in triton_serves(query, layout(20, 32, 2, 1))
     assert "global" in triton_serves(query, layout(32, 32, 2, 513))
+    assert "causal" in triton_serves(query, layout(32, 32, 2, 1)._replace(causal=True))
     with pytest.raises(ValueError, match="kernel: got 'triton', and it takes float32, bfloat16 and float16"):
         lsg_attention(*[query.double()] * 3, torch.ones(1, 100, dtype=torch.bool), kernel="triton")
 

@@ -88,6 +88,8 @@ def triton_serves(query: torch.Tensor, layout: LSGLayout) -> str | None:
         return f"it takes 0 to 512 global tokens; got {layout.num_global_tokens}"
     if layout.block_size % layout.sparsity_factor:
         return f"block_size must be a multiple of sparsity_factor; got {layout.block_size} and {layout.sparsity_factor}"
+    if layout.causal:
+        return "it has no causal form"
     return None
 
 
