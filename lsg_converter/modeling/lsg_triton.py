@@ -246,7 +246,7 @@ class _Call:
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
         index: torch.Tensor | None,
-        sizes: list[int],
+        sizes: list[Any],
         dropout: float,
     ) -> None:
         max_seqlen, layout = sizes[0], LSGLayout(*sizes[1:])
