@@ -86,6 +86,7 @@ tiles = pytest.mark.parametrize(
     "wide",
     [pytest.param((), id="large tiles"), pytest.param((torch.float32,), id="small tiles", marks=pytest.mark.full)],
 )
+forms = pytest.mark.parametrize("causal", [False, True], ids=["both sides", "causal"])
 HEADS = 2
 
 
@@ -105,8 +106,8 @@ def test_in_the_interpreter(flags):
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
 
-def layout(block, sparse, factor, g):
-    return LSGLayout.from_fields(g, block, sparse, factor, "norm")
+def layout(block, sparse, factor, g, causal=False):
+    return LSGLayout.from_fields(g, block, sparse, factor, "norm", causal=causal)
 
 
 def inputs(t, g, width, dtype=torch.float32, batch=2):
@@ -129,24 +130,29 @@ def sparse_inputs(t, block, factor, width, keep_heads=HEADS, dtype=torch.float32
     return [x.requires_grad_() for x in states.clone().unbind()], keep
 
 
-def dense(q, k, v, keep, sparse, *, g, block, window, factor, survive=None, dropout=0.0):
+def dense(q, k, v, keep, sparse, *, g, block, window, factor, survive=None, dropout=0.0, causal=False):
     """The specification as one softmax over all tokens and all sparse keys, under a mask of what each query sees."""
     total, width = q.shape[2:]
+    place = torch.arange(total, device=q.device)
     i = (torch.arange(total, device=q.device) - g).div(block, rounding_mode="floor")[:, None]
     j = (torch.arange(total, device=q.device) - g).div(block, rounding_mode="floor")[None]
-    seen = ((i < 0) | (j < 0) | ((i - j).abs() <= 1))[None, None] & keep[:, None, None]
+    seen = (i < 0) | (j < 0) | ((i - j).abs() <= 1)
+    if causal:
+        seen = seen & ((place < g) | (place <= place[:, None]))
+    seen = seen[None, None] & keep[:, None, None]
     if sparse is not None:
         k, v = torch.cat([k, sparse[0]], dim=2), torch.cat([v, sparse[1]], dim=2)
         s, step = torch.arange(sparse[0].shape[2], device=q.device)[None], block // factor
         left = (s >= (i - 1) * step - window) & (s < (i - 1) * step)
         right = (s >= (i + 2) * step) & (s < (i + 2) * step + window)
-        sides = ((left | right) & (i >= 0))[None, None] & sparse[2][:, :, None]
+        sides = ((left if causal else left | right) & (i >= 0))[None, None] & sparse[2][:, :, None]
         seen = torch.cat([seen.expand(*sides.shape[:3], -1), sides], dim=-1)
     scores = (q @ k.transpose(-1, -2) / math.sqrt(width)).masked_fill(~seen, -1e30)
     probabilities = scores.softmax(dim=-1).masked_fill(~seen, 0)
     if survive is not None:
         probabilities = probabilities * survive.view(*q.shape[:2], *survive.shape[1:]) / (1 - dropout)
-    return probabilities @ v
+    output = probabilities @ v
+    return torch.where((place < g)[:, None], q, output) if causal else output
 
 
 def gradients(output, leaves):
@@ -165,7 +171,9 @@ def close(actual, expected, atol=1e-5):
         torch.testing.assert_close(a.double(), e.double(), rtol=0, atol=atol)
 
 
-def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=0.0, batch=2, masked=True):
+def against_dense(
+    t, block, window, factor, g, width, keep_heads=HEADS, dropout=0.0, batch=2, masked=True, causal=False
+):
     states, keep = inputs(t, g, width, batch=batch)
     keep = keep if masked else torch.ones_like(keep)
     sparse, sparse_keep = sparse_inputs(t, block, factor, width, keep_heads, batch=batch) if window else ([], None)
@@ -177,7 +185,7 @@ def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=
         *tokens,
         keep if masked else None,
         parts,
-        layout(block, window, factor, g),
+        layout(block, window, factor, g, causal),
         dropout=dropout,
         seed=seed if dropout else None,
     )
@@ -199,6 +207,7 @@ def against_dense(t, block, window, factor, g, width, keep_heads=HEADS, dropout=
         factor=factor,
         survive=survive,
         dropout=dropout,
+        causal=causal,
     )
     expected = expected * counts(keep)
     close([output], [expected])
@@ -227,29 +236,53 @@ def test_agrees_with_plain_attention(shape, wide, monkeypatch):
     against_dense(*shape, keep_heads=1 if shape[4] else HEADS)
 
 
-@runs
-def test_agrees_without_a_mask():
-    against_dense(131, 32, 32, 2, 1, 16, masked=False)
+# In these a tile of queries is a part of a block, or a tile of keys is more than one; lengths are about the edges.
+CAUSAL_SHAPES = [(193, 64, 32, 2, 3, 16), (127, 32, 48, 1, 0, 16), (225, 32, 32, 4, 1, 16)]
 
 
 @runs
-@pytest.mark.parametrize("factor", [2, 4])
-def test_agrees_at_the_default_sizes(factor, monkeypatch):
+@tiles
+@pytest.mark.parametrize("shape", [*CAUSAL_SHAPES, *[pytest.param(x, marks=pytest.mark.full) for x in SHAPES]], ids=str)
+def test_causal_agrees_with_plain_attention(shape, wide, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
+    against_dense(*shape, keep_heads=1 if shape[4] else HEADS, causal=True)
+
+
+@runs
+@pytest.mark.full
+@tiles
+@pytest.mark.parametrize("g", [0, 1, 3])
+@pytest.mark.parametrize("t", [1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128])
+def test_causal_agrees_about_the_edges_of_blocks(t, g, wide, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
+    against_dense(t, 32, 32, 2, g, 16, dropout=0.1, causal=True)
+
+
+@runs
+@forms
+def test_agrees_without_a_mask(causal):
+    against_dense(131, 32, 32, 2, 1, 16, masked=False, causal=causal)
+
+
+@runs
+@pytest.mark.parametrize(("factor", "causal"), [(2, False), (4, False), (2, True)])
+def test_agrees_at_the_default_sizes(factor, causal, monkeypatch):
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", ())
-    against_dense(290, 128, 128, factor, 1, 16, batch=1, dropout=0.1)
+    against_dense(290, 128, 128, factor, 1, 16, batch=1, dropout=0.1, causal=causal)
 
 
 @runs
+@forms
 @settings(max_examples=settings().max_examples // 10)
 @given(
     data=st.data(),
     shape=st.sampled_from([(2, 32, 32, 2), (0, 64, 32, 4), (5, 32, 48, 1)]),
     wide=st.sampled_from([(), (torch.float32,)]),
 )
-def test_agrees_with_eager(data, shape, wide):
+def test_agrees_with_eager(data, causal, shape, wide):
     """A few shapes, each of which the compiler has to see; any length, mask and sparsifier."""
     fields = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
-    options = dict(zip(fields, shape, strict=True)) | {"sparsity_type": data.draw(st.sampled_from(KINDS))}
+    options = dict(zip(fields, shape, strict=True), sparsity_type=data.draw(st.sampled_from(KINDS)), causal=causal)
     g, t = shape[0], data.draw(lengths(shape[1], most=4))
     states, _ = inputs(t, g, 16, batch=1)
     keep = data.draw(masks(g + t))[None].to(DEVICE)
@@ -300,10 +333,11 @@ def test_half_precision_is_near(dtype):
 
 @runs
 @tiles
+@forms
 @pytest.mark.parametrize("shape", [(101, 32, 32, 2, 1, 16), (130, 32, 0, 2, 20, 16)], ids=str)
-def test_dropout_agrees_with_its_mask(shape, wide, monkeypatch):
+def test_dropout_agrees_with_its_mask(shape, causal, wide, monkeypatch):
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
-    against_dense(*shape, dropout=0.3)
+    against_dense(*shape, dropout=0.3, causal=causal)
 
 
 @runs
@@ -339,18 +373,21 @@ def test_dropout_masks_look_random():
 
 
 @runs
-def test_queries_without_keys_give_zeros():
+@forms
+def test_queries_without_keys_give_zeros(causal):
+    """But a causal global token its query."""
     states, keep = inputs(70, 1, 16)
     keep[1] = False
-    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, layout(32, 0, 0, 1))
-    assert not output[1].any() and output.isfinite().all()
+    output = fused_attention(*(x.transpose(1, 2) for x in states), keep, None, layout(32, 0, 0, 1, causal))
+    assert not output[1, :, causal:].any() and output.isfinite().all()
     grads = gradients(output, states)
-    assert all(grad.isfinite().all() and not grad[1].any() for grad in grads)
+    assert all(grad.isfinite().all() and not grad[1, causal:].any() for grad in grads)
 
 
 @runs
 @tiles
-def test_packed_rows_agree_with_rows(wide, monkeypatch):
+@forms
+def test_packed_rows_agree_with_rows(causal, wide, monkeypatch):
     """Of three blocks and a bit, of less than two blocks (full attention), of exactly four; and a gap at the end."""
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
     g, block, window, factor, lengths = 2, 32, 32, 2, (101, 40, 128)
@@ -367,7 +404,7 @@ def test_packed_rows_agree_with_rows(wide, monkeypatch):
         *(x.transpose(1, 2) for x in states),
         keep,
         SparseKeys(sparse_keep, *parts),
-        layout(block, window, factor, g),
+        layout(block, window, factor, g, causal),
         cu_seqlens=ends.to(DEVICE, torch.int32),
         max_seqlen=140,
     )
@@ -379,7 +416,7 @@ def test_packed_rows_agree_with_rows(wide, monkeypatch):
         count = row_sparse_keep.shape[2]
         row_parts = [x[:, :, sparse_start : sparse_start + count] for x in wide[3:]]
         tokens = [x[:, start : start + g + t].transpose(1, 2) for x in wide[:3]]
-        numbers = {"g": g, "block": block, "window": window, "factor": factor}
+        numbers = {"g": g, "block": block, "window": window, "factor": factor, "causal": causal}
         expected.append(dense(*tokens, row_keep, (*row_parts, row_sparse_keep), **numbers))
         sparse_start += count
     whole = torch.cat([*expected, gap.transpose(1, 2)], dim=2)
@@ -468,13 +505,14 @@ def test_largest_norms(shape):
 
 
 @runs
-def test_it_is_the_choice_where_a_trial_agrees(monkeypatch):
+@forms
+def test_it_is_the_choice_where_a_trial_agrees(causal, monkeypatch):
     monkeypatch.setattr(attention, "cpu_kernel_serves", lambda query: False)
     query = torch.zeros(1, 2, 100, 16, device=DEVICE, requires_grad=True)
 
     def choose(dropout=0.0):
         attention.try_triton.cache_clear()
-        return attention.choose_kernel(query, "sdpa", layout(32, 32, 2, 1), dropout)
+        return attention.choose_kernel(query, "sdpa", layout(32, 32, 2, 1, causal), dropout)
 
     state = (torch.cuda if NATIVE else torch).get_rng_state()
     with torch.inference_mode():
@@ -495,6 +533,7 @@ def test_says_what_it_cannot_do():
     assert "float64" in triton_serves(query.double(), layout(32, 32, 2, 1))
     assert "block_size" in triton_serves(query, layout(20, 32, 2, 1))
     assert "global" in triton_serves(query, layout(32, 32, 2, 513))
+    assert triton_serves(query, layout(32, 32, 2, 1, causal=True)) is None
     with pytest.raises(ValueError, match="kernel: got 'triton', and it takes float32, bfloat16 and float16"):
         lsg_attention(*[query.double()] * 3, torch.ones(1, 100, dtype=torch.bool), kernel="triton")
 
@@ -522,7 +561,7 @@ class Target:
         return True
 
 
-def compile_all(dtype, width, dropout=0.1, block=128, chosen=True):
+def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False):
     """All kernels, compiled for sm_90 by the calls that would launch them."""
     from triton.runtime.jit import JITFunction
 
@@ -539,7 +578,7 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True):
     index = torch.zeros(1, 512, 12, dtype=torch.int64).transpose(1, 2)
     parts, index = ((None, None), index) if chosen else ([x[:, :, :512] for x in tokens[:2]], None)
     arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, index)
-    arguments = (*arguments, [1025, 1, block, block, 2], dropout)
+    arguments = (*arguments, [1025, 1, block, block, 2, 0, causal], dropout)
     target = mock.patch.object(triton.runtime.driver, "_active", Target())
     with target, mock.patch.object(JITFunction, "run", compile_only):
         outputs = lsg_triton._attention(*arguments)
@@ -550,6 +589,7 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True):
 
 @pytest.mark.full
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
+@forms
 @pytest.mark.parametrize(
     "case",
     [
@@ -561,10 +601,10 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True):
     ],
     ids=str,
 )
-def test_compiled_for_sm_90_without_spills(case, tmp_path):
+def test_compiled_for_sm_90_without_spills(case, causal, tmp_path):
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    kernels = compile_all(*case)
-    assert len({name for name, _ in kernels}) == 10
+    kernels = compile_all(*case, causal=causal)
+    assert len({name for name, _ in kernels}) == (8 if causal else 10)
     for number, (name, compiled) in enumerate(kernels):
         code = compiled.asm["ptx"]
         if name not in ("combine", "choose", "scan_mask"):

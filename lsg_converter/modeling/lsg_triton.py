@@ -109,7 +109,8 @@ def fused_attention(
 
     Args:
         query, key, value: shape (batch, heads, g + t, head_dim), of any strides: `g = num_global_tokens` globals, then
-            `t` text tokens, any number of them. A text of at most two blocks gets ordinary full attention.
+            `t` text tokens, any number of them. A text of at most two blocks gets ordinary full attention, or, as
+            `layout` says, causal attention.
         attention_mask: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
         sparse: the `layout.num_sparse_keys(t)` sparse keys, or None.
         dropout: the probability with which a probability is dropped.
@@ -122,7 +123,8 @@ def fused_attention(
 
     Returns:
         The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key, and
-        behind the last token of a row that is not masked, where rows are not packed: those take no part.
+        behind the last token of a row that is not masked, where rows are not packed: those take no part. Of a causal
+        global token it is the query.
 
     Raises:
         ValueError: where `cu_seqlens` comes without `max_seqlen`.
@@ -244,7 +246,7 @@ class _Call:
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
         index: torch.Tensor | None,
-        sizes: list[int],
+        sizes: list[Any],
         dropout: float,
     ) -> None:
         max_seqlen, layout = sizes[0], LSGLayout(*sizes[1:])
@@ -292,6 +294,7 @@ class _Call:
             sparsity_factor=layout.sparsity_factor if sparse_length else 1,
             scale=self.head_dim**-0.5,
             scale_log2e=self.head_dim**-0.5 * math.log2(math.e),
+            causal=bool(layout.causal),
             full_length=layout.full_attention_length if layout.mixes_full_attention else 0,
             masked=mask is not None,
             sparse=sparse_length > 0,
@@ -359,6 +362,14 @@ class _Call:
     def global_rows(self) -> tuple[int, int]:
         return self.g, 16 if self.g <= 16 else 32
 
+    def pass_globals(self, source: Strided, target: Strided) -> None:
+        """Copy the global tokens: a causal one gives its query as it is, and the gradient of that."""
+        places: Any = slice(self.g)
+        if self.packed:
+            firsts = self.inputs.cu_seqlens[:-1, None]
+            places = (firsts + torch.arange(self.g, device=firsts.device)).flatten()
+        target.data[:, :, places] = source.data[:, :, places]
+
     def part(self, head_dim: int) -> Strided:
         """Room for what each chunk gives for the global tokens, of shape (rows, heads, chunks * g, head_dim)."""
         shape = (self.num_rows, self.heads, self.chunks * self.g, head_dim)
@@ -372,7 +383,9 @@ class _Call:
             # 128 registers leave room for two programs on a multiprocessor.
             of_text = settings | {"num_warps": 8, "maxnreg": None if self.large else 128}
         self.launch(forward, self.text, (128, self.key_tile), self.inputs, output, lse, GLOBAL=False, **of_text)
-        if self.g:
+        if self.plan.causal:
+            self.pass_globals(self.inputs.query, output)
+        elif self.g:
             g, tile = self.global_rows()
             part, weights = self.part(self.head_dim), self.part(1)
             arguments = ((tile, self.key_tile), self.inputs, part, weights)
@@ -390,7 +403,9 @@ class _Call:
         of_queries = (inputs, *states)
         tiles = 64, self.key_tile
         self.launch(backward_queries, self.text, tiles, *of_queries, grad_query, GLOBAL=False, **settings)
-        if g:
+        if self.plan.causal:
+            self.pass_globals(grad_output, grad_query)
+        elif g:
             part = self.part(self.head_dim)
             self.launch(backward_queries, g, (tile, self.key_tile), *of_queries, part, GLOBAL=True, **of_globals)
             self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, lse, WEIGHTED=False)

@@ -7,6 +7,9 @@ program, so that results are the same bit by bit from run to run. (A token that 
 such later, by another kernel.) Where few rows face all tokens (global queries, and the gradients of global keys),
 programs share the tokens in chunks, and `combine` merges their parts.
 
+In the causal form the ranges are fewer and shorter, and where a tile of queries meets its own tokens, scores are cut
+along the diagonal. There a global query sees nothing, and no kernel runs for it.
+
 What counts in a loop is how many instructions it has: with all of softmax and dropout they take longer than the
 products. Masks are looked at in tiles that they cut alone, and what is the same in every turn is brought before it.
 
@@ -92,6 +95,7 @@ class Plan(NamedTuple):
     block_size: int = 0
     sparse_block_size: int = 0
     sparsity_factor: int = 1
+    causal: bool = False
     full_length: int = 0  # rows with a text of at most so many tokens get full attention
     scale: float = 1.0
     scale_log2e: float = 1.0
@@ -201,11 +205,12 @@ def _locate_tile(number: tl.tensor, ranges: tl.tensor, SIZE: tl.constexpr) -> tl
 
 @triton.jit
 def _chunk_ranges(number: tl.tensor, length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
-    """The ranges of a chunk of the text, the first of which has the globals too."""
+    """The ranges of a chunk of the text, the first of which has the globals too, but for causal ones."""
     zero = tl.program_id(0) * 0
+    num_globals: tl.constexpr = 0 if PLAN.causal else PLAN.num_global_tokens
     low = tl.minimum(PLAN.num_global_tokens + number * PLAN.chunk, length)
     high = tl.minimum(low + PLAN.chunk, length)
-    return zero, tl.where(number == 0, PLAN.num_global_tokens, 0), low, high, zero, zero, zero, zero
+    return zero, tl.where(number == 0, num_globals, 0), low, high, zero, zero, zero, zero
 
 
 @triton.jit
@@ -217,8 +222,8 @@ def _num_chunks(length: tl.tensor, PLAN: tl.constexpr) -> tl.tensor:
 def _query_ranges(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.constexpr, PLAN: tl.constexpr) -> tl.tensor:
     """The chunk of this program, where its queries begin and end, and the ranges of keys that they see.
 
-    This is where it is said what a query sees; `backward_keys` says the same from the side of the keys. A causal form
-    would cut these ranges, and mask the scores of a block with itself.
+    This is where it is said what a query sees; `backward_keys` says the same from the side of the keys. In the causal
+    form `_scores` then cuts the diagonal.
     """
     G: tl.constexpr = PLAN.num_global_tokens
     B: tl.constexpr = PLAN.block_size
@@ -234,13 +239,14 @@ def _query_ranges(length: tl.tensor, sparse_length: tl.tensor, GLOBAL: tl.conste
         start = tl.program_id(0) * PLAN.query_tile
         block = start // B
         low = G + tl.maximum(block - 1, 0) * B
-        high = tl.minimum(G + (block + 2) * B, length)
+        high = tl.minimum(G + (start + PLAN.query_tile if PLAN.causal else (block + 2) * B), length)
         left, left_end, right, right_end = zero, zero, zero, zero
         if PLAN.sparse:
             left_end = tl.minimum(tl.maximum(block - 1, 0) * step, sparse_length)
             left = tl.maximum((block - 1) * step - S, 0)
-            right = tl.minimum((block + 2) * step, sparse_length)
-            right_end = tl.minimum((block + 2) * step + S, sparse_length)
+            if not PLAN.causal:
+                right = tl.minimum((block + 2) * step, sparse_length)
+                right_end = tl.minimum((block + 2) * step + S, sparse_length)
         if PLAN.full_length > 0:
             full = length - G <= PLAN.full_length
             low, high = tl.where(full, G, low), tl.where(full, length, high)
@@ -311,6 +317,7 @@ def _load_mask(
 @triton.jit
 def _scores(
     q: tl.tensor,
+    query_start: tl.tensor,
     k: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
@@ -321,9 +328,16 @@ def _scores(
 ) -> tl.tensor:
     """Of a tile of queries to a tile of keys, not yet scaled; -inf where a key may not be attended to."""
     scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision)
-    if not _is_full(start, end, of_sparse, inputs, place, PLAN):
-        kept = _load_mask(start, end, of_sparse, inputs, place, PLAN)
-        scores = tl.where(kept[None, :], scores, float("-inf"))
+    full = _is_full(start, end, of_sparse, inputs, place, PLAN)
+    if PLAN.causal:
+        # Globals are in front of all text, and the number of a sparse key on the left is below that of any query.
+        full = full & (start + PLAN.key_tile <= query_start + 1)
+    if not full:
+        kept = _load_mask(start, end, of_sparse, inputs, place, PLAN)[None, :]
+        if PLAN.causal:
+            queries = query_start + tl.arange(0, q.shape[0])
+            kept = kept & (start + tl.arange(0, PLAN.key_tile)[None, :] <= queries[:, None])
+        scores = tl.where(kept, scores, float("-inf"))
     return scores
 
 
@@ -383,7 +397,7 @@ def forward(inputs: Inputs, output: Strided, lse: Strided, GLOBAL: tl.constexpr,
     for number in range(_num_tiles(ranges, PLAN.key_tile)):
         key_start, key_end, part = _locate_tile(number, ranges, PLAN.key_tile)
         k, v = _load_key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
-        scores = _scores(q, k, key_start, key_end, part >= 2, inputs, place, PLAN)
+        scores = _scores(q, start, k, key_start, key_end, part >= 2, inputs, place, PLAN)
         new_largest = tl.maximum(largest, tl.max(scores, 1) * PLAN.scale_log2e)
         # Without a key so far all is -inf, of which no difference may be taken.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -495,7 +509,7 @@ def backward_queries(
     for number in range(_num_tiles(ranges, PLAN.key_tile)):
         key_start, key_end, part = _locate_tile(number, ranges, PLAN.key_tile)
         k, v = _load_key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
-        scores = _scores(q, k, key_start, key_end, part >= 2, inputs, place, PLAN)
+        scores = _scores(q, start, k, key_start, key_end, part >= 2, inputs, place, PLAN)
         probabilities = tl.exp2(scores * PLAN.scale_log2e - lses[:, None])
         grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
         if PLAN.dropout:
@@ -538,12 +552,12 @@ def backward_keys(
     if KIND == "text":
         block = start // B
         start += G
-        low = G + tl.maximum(block - 1, 0) * B
+        low = start if PLAN.causal else G + tl.maximum(block - 1, 0) * B
         high = tl.minimum(G + (block + 2) * B, length)
         if PLAN.full_length > 0:
             full = length - G <= PLAN.full_length
             low, high = tl.where(full, G, low), tl.where(full, length, high)
-        ranges = (zero, zero + G, low, high, zero, zero, zero, zero)
+        ranges = (zero, zero + (0 if PLAN.causal else G), low, high, zero, zero, zero, zero)
     elif KIND == "sparse":
         end = sparse_length
         out_first = sparse_first
@@ -552,8 +566,10 @@ def backward_keys(
         # blocks [(s - S) // step - 1, s // step - 1).
         left_high = tl.minimum(G + ((last + S) // step + 2) * B, length)
         left_low = tl.minimum(G + (start // step + 2) * B, left_high)
-        right_high = tl.minimum(G + tl.maximum(last // step - 1, 0) * B, length)
-        right_low = tl.minimum(G + tl.maximum(tl.maximum(start - S, 0) // step - 1, 0) * B, right_high)
+        right_low, right_high = zero, zero
+        if not PLAN.causal:
+            right_high = tl.minimum(G + tl.maximum(last // step - 1, 0) * B, length)
+            right_low = tl.minimum(G + tl.maximum(tl.maximum(start - S, 0) // step - 1, 0) * B, right_high)
         if PLAN.full_length > 0:
             full = length - G <= PLAN.full_length
             left_low, right_low = tl.where(full, left_high, left_low), tl.where(full, right_high, right_low)
@@ -608,6 +624,10 @@ def backward_keys(
             window_end = tl.where(part == 1, (query_block - 1) * step, (query_block + 2) * step + S)
             seen = (places < window_end) & (places >= window_end - S)
             scores = tl.where(seen[:, None], scores, float("-inf"))
+        if KIND == "text" and PLAN.causal:  # noqa: SIM102  what is compiled and what runs are not of one kind
+            if query_start + 1 < start + SIZE:
+                behind = places[:, None] > query_start + tl.arange(0, PLAN.query_tile)[None, :]
+                scores = tl.where(behind, float("-inf"), scores)
         probabilities = tl.exp2(scores)
         grads = tl.dot(v, tl.trans(do), input_precision=PLAN.precision)
         survivors = probabilities
