@@ -46,7 +46,9 @@ BELOW = {
         "lsg_modules",
         "lsg_packing",
     },
-    "modeling/lsg_seq2seq": {"lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_packing"},
+    "modeling/lsg_seq2seq": {
+        *("lsg_classes", "lsg_config", "lsg_generation", "lsg_modeling", "lsg_modules", "lsg_packing"),
+    },
     "modeling/lsg_encoder_decoder": {
         *("lsg_classes", "lsg_config"),
         *(path.stem for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py")),

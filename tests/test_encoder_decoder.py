@@ -25,6 +25,7 @@ from lsg_converter.modeling.lsg_config import LSGSeq2SeqConfig
 
 SMALL = {"block_size": 4, "sparse_block_size": 4, "num_global_tokens": 2}
 PAIRS = [("lsg-bert", "lsg-roberta"), ("lsg-roberta", "lsg-bert"), ("lsg-bert", "bert"), ("roberta", "lsg-bert")]
+ONE_BY_DEFAULT = [PAIRS[0], *(pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS[1:])]
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")
 
 
@@ -61,8 +62,9 @@ def batch(tokens=50, real=31, written=29, left=False):
     ids = torch.randint(5, 120, (2, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, real:] = 0
+    mask = mask.flip(1) if left else mask
     labels = torch.randint(5, 120, (2, written), generator=generator)
-    return {"input_ids": ids, "attention_mask": mask.flip(1) if left else mask, "labels": labels}
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask, "labels": labels}
 
 
 def test_every_family_that_may_be_a_part_is_known():
@@ -161,7 +163,7 @@ def test_steps_with_a_cache_give_the_full_pass(build, encoder, decoder):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("encoder, decoder", PAIRS[:3])
+@pytest.mark.parametrize("encoder, decoder", ONE_BY_DEFAULT)
 def test_generate(build, encoder, decoder, how, left):
     """With a cache and without, beyond two blocks, it writes the same."""
     model = build(encoder, decoder, torch.float64)
@@ -186,13 +188,13 @@ def test_training_reaches_both_parts(build, tmp_path):
     items = [{key: value[row] for key, value in inputs.items()} for row in (0, 1)]
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True, report_to=[],
-        use_cpu=True, save_strategy="no", predict_with_generate=True, generation_max_length=12, disable_tqdm=True,
+        use_cpu=True, save_strategy="no", predict_with_generate=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = Seq2SeqTrainer(model, arguments, train_dataset=items, eval_dataset=items)
     assert trainer.train().global_step == 2
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name.split(".")[0] for name in changed} == {"encoder", "decoder"}
-    assert trainer.predict(items).predictions.shape == (2, 12)
+    assert len(trainer.predict(items, max_new_tokens=11).predictions) == 2
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(build):
@@ -215,7 +217,7 @@ import json, os, sys
 sys.modules["lsg_converter"] = None  # an import of it fails
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-folder, dtype = sys.argv[1:]
+folder = sys.argv[1]
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
 inputs, logits = torch.load(folder + "/inputs.pt"), torch.load(folder + "/logits.pt")
 assert torch.equal(model(**inputs).logits, logits)
@@ -230,14 +232,14 @@ print(json.dumps([type(m).__name__ for m in (model, model.encoder, model.decoder
 """
 
 
-@pytest.mark.parametrize("encoder, decoder", PAIRS)
+@pytest.mark.parametrize("encoder, decoder", ONE_BY_DEFAULT)
 def test_saved_and_loaded_where_the_package_is_not(build, tmp_path, encoder, decoder):
     model, inputs = build(encoder, decoder), batch()
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         torch.save(inputs, tmp_path / "inputs.pt"), torch.save(model(**inputs).logits, tmp_path / "logits.pt")
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "float32"],
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -283,20 +285,20 @@ def test_what_cannot_be_is_said(folders, tmp_path):
     load = LSGEncoderDecoderModel.from_encoder_decoder_pretrained
     encoder = AutoModel.from_pretrained(folders["lsg-bert"], trust_remote_code=True)
     decoder = BertLMHeadModel.from_pretrained(folders["bert"], is_decoder=True, add_cross_attention=True)
-    with pytest.raises(ValueError, match="LSGBertModel needs its LSGBertConfig.* LSGEncoderDecoderModel"):
+    with pytest.raises(ValueError, match=r"LSGBertModel needs its LSGBertConfig.* LSGEncoderDecoderModel"):
         EncoderDecoderModel(encoder=encoder, decoder=decoder)
     with pytest.raises(ValueError, match=r"^block_size: got an unknown argument; .* encoder_ or decoder_"):
         load(folders["lsg-bert"], folders["lsg-bert"], block_size=4)
-    with pytest.raises(ValueError, match="^decoder: got no checkpoint"):
+    with pytest.raises(ValueError, match=r"^decoder: got no checkpoint"):
         load(folders["lsg-bert"])
     for name in ("distilbert", "bart"):
         source = GOLDEN / name / "source"
         assert run_command(source, tmp_path / name, "--quiet", "--no_verify") == 0
-    with pytest.raises(ValueError, match="^decoder: got a checkpoint of 'distilbert', which has no causal form"):
+    with pytest.raises(ValueError, match=r"^decoder: got a checkpoint of 'distilbert', which has no causal form"):
         load(folders["lsg-bert"], tmp_path / "distilbert")
-    with pytest.raises(ValueError, match="^model_type: got an LSG checkpoint of 'bart'; .* one of albert, bert"):
+    with pytest.raises(ValueError, match=r"^model_type: got an LSG checkpoint of 'bart'; .* one of albert, bert"):
         load(tmp_path / "bart", folders["lsg-bert"])
     with pytest.raises(ValueError, match=r"^attn_implementation: got an LSG checkpoint without .* convert it"):
         load(GOLDEN / "bert" / "published", folders["lsg-bert"])
-    with pytest.raises(Exception, match="encoder: got no configuration"):
+    with pytest.raises(Exception, match=r"encoder: got no configuration"):
         lsg_encoder_decoder.LSGEncoderDecoderConfig(decoder=decoder.config)
