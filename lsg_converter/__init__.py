@@ -6,17 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import LSGConverter, convert
+    from .modeling.lsg_encoder_decoder import LSGEncoderDecoderModel
     from .options import ConversionError, ConversionOptions
     from .report import ConversionReport
     from .version import __version__
 
-__all__ = ["ConversionError", "ConversionOptions", "ConversionReport", "LSGConverter", "__version__", "convert"]
+__all__ = [
+    "ConversionError",
+    "ConversionOptions",
+    "ConversionReport",
+    "LSGConverter",
+    "LSGEncoderDecoderModel",
+    "__version__",
+    "convert",
+]
 
 _MODULES = {
     "ConversionError": "options",
     "ConversionOptions": "options",
     "ConversionReport": "report",
     "LSGConverter": "conversion",
+    "LSGEncoderDecoderModel": "modeling.lsg_encoder_decoder",
     "__version__": "version",
     "convert": "conversion",
 }

@@ -25,7 +25,7 @@ BELOW = {
     "surgery": {"modeling"},
     "options": set(),
     "version": set(),
-    "__init__": {"conversion", "report", "version", "options"},
+    "__init__": {"conversion", "modeling", "report", "version", "options"},
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": {"lsg_layout", "lsg_triton"},
     "modeling/lsg_cpu": {"lsg_layout"},
@@ -46,7 +46,13 @@ BELOW = {
         "lsg_modules",
         "lsg_packing",
     },
-    "modeling/lsg_seq2seq": {"lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_packing"},
+    "modeling/lsg_seq2seq": {
+        *("lsg_classes", "lsg_config", "lsg_generation", "lsg_modeling", "lsg_modules", "lsg_packing"),
+    },
+    "modeling/lsg_encoder_decoder": {
+        *("lsg_classes", "lsg_config"),
+        *(path.stem for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py")),
+    },
 }
 
 

@@ -37,7 +37,8 @@ class LSGPreTrained:
         if name == "config" and not isinstance(value, self.config_class):
             raise ValueError(
                 f"config: got a {type(value).__name__}; {type(self).__name__} needs its {self.config_class.__name__}, "
-                "so it cannot be a part of a model that replaces it, such as EncoderDecoderModel"
+                "so it cannot be a part of a model that replaces it, such as EncoderDecoderModel; make that with "
+                "LSGEncoderDecoderModel of lsg_converter"
             )
         super().__setattr__(name, value)
 
