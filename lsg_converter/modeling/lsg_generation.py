@@ -249,8 +249,8 @@ def step_attention(
         [x[:, :, None].expand(-1, -1, num_blocks, -1, -1), windows(y, before * block, 2 * block, block)]
         for x, y in zip(global_states, seen, strict=True)
     ]
-    before_local = [x[:, :, : (before + num_blocks - 1) * block] for x in (*seen, exists[:, None])]
-    shortened = sparsify(first_query[:, :, None], *before_local, layout, **sparsity)
+    key, value, mask = (x[:, :, : (before + num_blocks - 1) * block] for x in (*seen, exists[:, None]))
+    shortened = sparsify(first_query[:, :, None], key, value, mask, layout, **sparsity)
     if shortened is not None and shortened.key is not None and shortened.value is not None:
         size, step = layout.sparse_block_size, layout.sparse_step
         start = before * step - size
