@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, set_seed
@@ -27,7 +28,7 @@ from lsg_converter.options import ConversionError, OptionError, first_line, pars
 
 
 # What loading a model or a dataset raises for a wrong name, file or field.
-FAULTS = (OSError, ValueError, KeyError, TypeError)
+FAULTS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 def flag(text: str, default: Any = None) -> Any:
@@ -127,6 +128,8 @@ def parse(kinds: Sequence[Any], flags: Sequence[str]) -> tuple[Any, ...]:
     given = training.resume_from_checkpoint
     if given and given.lower() != "true" and not (Path(given) / TRAINER_STATE_NAME).is_file():
         raise OptionError(f"--resume_from_checkpoint: {given!r} is no checkpoint; give one, or true for the last")
+    if training.disable_tqdm:
+        transformers.utils.logging.disable_progress_bar()
     set_seed(training.seed)
     return parsed
 
@@ -238,6 +241,9 @@ def choose_trained(
 def load_splits(data: DataArguments, training: TrainingArguments, *columns: str) -> dict[str, Any]:
     """The splits that are needed, each a `datasets.Dataset` with these columns: train, validation, test."""
     datasets = need("datasets")
+    datasets.disable_caching()  # Each run tokenizes anew, and leaves no files.
+    if training.disable_tqdm:
+        datasets.disable_progress_bars()
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     files = {split: path for split, path in files.items() if path}
     if bool(files) is bool(data.dataset_name):
@@ -273,13 +279,12 @@ def load_splits(data: DataArguments, training: TrainingArguments, *columns: str)
     return result
 
 
-def encode(datasets: dict[str, Any], function: Callable[..., Any], training: TrainingArguments, **more: Any) -> Any:
+def encode(datasets: dict[str, Any], function: Callable[..., Any], **more: Any) -> Any:
     """Each dataset with what `function` makes of its rows, and no other columns."""
-    with training.main_process_first(desc="tokenize"):
-        return {
-            split: dataset.map(function, remove_columns=dataset.column_names, desc=f"tokenize {split}", **more)
-            for split, dataset in datasets.items()
-        }
+    return {
+        split: dataset.map(function, remove_columns=dataset.column_names, desc=f"tokenize {split}", **more)
+        for split, dataset in datasets.items()
+    }
 
 
 def joined(text: str | list[str]) -> str:
@@ -292,9 +297,9 @@ def joined(text: str | list[str]) -> str:
 
 def train(trainer: Any) -> None:
     """Train, from a checkpoint where one is asked for, and save the model, its tokenizer and the log of losses."""
-    given, folder = trainer.args.resume_from_checkpoint, trainer.args.output_dir
+    given, folder = trainer.args.resume_from_checkpoint, str(trainer.args.output_dir)
     if given and given.lower() == "true":
-        given = get_last_checkpoint(folder) if Path(str(folder)).is_dir() else None
+        given = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         if given is None:
             print(f"{folder} holds no checkpoint yet: training starts from the beginning", file=sys.stderr)
     trainer.train(resume_from_checkpoint=given)

@@ -179,7 +179,7 @@ def neural(
         tokens = chunks(ids, data.source_length) if system == "chunks" else ids
         return {"input_ids": tokens, "labels": labels.encode(row[data.label_column_name])}
 
-    encoded = common.encode(datasets, encode, training)
+    encoded = common.encode(datasets, encode)
     pad = DataCollatorWithPadding(tokenizer)
     trainer_class, collator = (ChunkTrainer, ChunkCollator(pad)) if system == "chunks" else (Trainer, pad)
     trainer = trainer_class(
@@ -204,10 +204,13 @@ def main(flags: Sequence[str]) -> None:
     config = common.read_config(model_arguments)
     if not training.do_train and {*(data.systems or ["lsg"])} != {"lsg"}:
         raise OptionError("--systems: without --do_train there is only lsg, a classifier that was trained before")
+    systems = data.systems or (SYSTEMS if training.do_train else ["lsg"])
+    if len({*systems} - {"tfidf"}) > 1 and str(training.resume_from_checkpoint or "true").lower() != "true":
+        raise OptionError("--resume_from_checkpoint: a checkpoint is of one system; give true, or one of --systems")
     datasets = common.load_splits(data, training, data.text_column_name, data.label_column_name)
     labels = Labels(datasets, data.label_column_name, None if training.do_train else list(config.id2label.values()))
     rows: list[dict[str, Any]] = []
-    for system in data.systems or (SYSTEMS if training.do_train else ["lsg"]):
+    for system in systems:
         if system == "tfidf":
             rows += linear(data, datasets, labels)
         else:

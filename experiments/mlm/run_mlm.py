@@ -51,7 +51,7 @@ def main(flags: Sequence[str]) -> None:
         whole = max(len(tokens) - len(tokens) % length, min(len(tokens), length))  # What is left over is left out.
         return {"input_ids": [tokens[start : start + length] for start in range(0, whole, length)]}
 
-    encoded = common.encode(datasets, encode, training, batched=True)
+    encoded = common.encode(datasets, encode, batched=True)
     trainer = Trainer(
         model=common.load_model(AutoModelForMaskedLM, model_arguments, config),
         args=training,

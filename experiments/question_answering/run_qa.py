@@ -121,7 +121,7 @@ def main(flags: Sequence[str]) -> None:
     datasets = common.load_splits(data, training, *columns)
     tokenizer = common.load_tokenizer(model_arguments)
     reader = Reader(tokenizer, data)
-    encoded = common.encode(datasets, reader.encode, training)
+    encoded = common.encode(datasets, reader.encode)
     trainer = Trainer(
         model=common.load_model(AutoModelForQuestionAnswering, model_arguments, config, "QUESTION_ANS"),
         args=training,

@@ -82,7 +82,7 @@ def main(flags: Sequence[str]) -> None:
         result = {name: 100 * float(np.mean([score[name].fmeasure for score in scores])) for name in scores[0]}
         return {**result, "tokens": float(np.mean((ids[0] != tokenizer.pad_token_id).sum(axis=-1)))}
 
-    encoded = common.encode(datasets, encode, training)
+    encoded = common.encode(datasets, encode)
     model = common.load_model(AutoModelForSeq2SeqLM, model_arguments, config, "SEQ_2_SEQ_LM")
     model.generation_config.update(
         min_length=data.min_target_length,
