@@ -241,11 +241,11 @@ def choose_trained(
 def load_splits(data: DataArguments, training: TrainingArguments, *columns: str) -> dict[str, Any]:
     """The splits that are needed, each a `datasets.Dataset` with these columns: train, validation, test."""
     datasets = need("datasets")
-    datasets.disable_caching()  # Each run tokenizes anew, and leaves no files.
+    datasets.disable_caching()  # Each run tokenizes anew; no rows of an earlier one are taken.
     if training.disable_tqdm:
         datasets.disable_progress_bars()
-    files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    files = {split: path for split, path in files.items() if path}
+    given = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+    files = {split: path for split, path in given.items() if path}
     if bool(files) is bool(data.dataset_name):
         raise OptionError("data: give --dataset_name, or files by --train_file, --validation_file and --test_file")
     try:

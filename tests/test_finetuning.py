@@ -93,7 +93,7 @@ def losses(folder):
 
 
 def test_classification(models, data, tmp_path, capsys):
-    """All systems learn a topic that shows late; what was saved classifies as it did."""
+    """A topic that shows late is learned by what reads so far; what was saved classifies as it did."""
     target = tmp_path / "out"
     columns = ["--label_column_name", "topic", "--source_length", "64"]
     columns += ["--max_train_samples", "8", "--learning_rate", "0.005", *STEADY]  # the same batch in each step
@@ -103,7 +103,8 @@ def test_classification(models, data, tmp_path, capsys):
     assert content["seed"] == 42 and content["versions"]["torch"] == torch.__version__
     assert content["training"]["learning_rate"] == 0.005 and content["flags"] == arguments
     rows = {row["system"]: row for row in content["results"]}
-    assert list(rows) == list(run_classification.SYSTEMS) and rows["tfidf"]["accuracy"] == 1
+    assert list(rows) == list(run_classification.SYSTEMS)
+    assert rows["lsg"]["accuracy"] == 1 and rows["tfidf"]["accuracy"] >= 0.8 > rows["truncation"]["accuracy"]
     assert all({"micro_f1", "macro_f1", "accuracy"} <= row.keys() and row["split"] == "test" for row in rows.values())
     for folder in (target, target / "chunks"):
         assert losses(folder)[-1] < 0.8 * losses(folder)[0], (folder, losses(folder))
