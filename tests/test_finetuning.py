@@ -367,6 +367,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
         common.need("datasets")
 
 
+@pytest.mark.full
 def test_the_data_is_made_of_real_text(tmp_path, monkeypatch, capsys):
     """No text of one split stands in another; answers stand where they are said to."""
     monkeypatch.setattr(sys, "argv", ["make_data.py", str(tmp_path), "--words", "100"])
