@@ -34,7 +34,7 @@ import run_summarization
 pytestmark = pytest.mark.newest
 WORDS = [f"w{number}" for number in range(5, 120)]  # of the recorded tokenizers
 STEADY = ["--model_kwargs", "{'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}"]
-WAYS = ["all", "lora", pytest.param("globals", marks=pytest.mark.full)]
+WAYS = ["all", *(pytest.param(name, marks=pytest.mark.full) for name in ("lora", "globals"))]
 QUIET = ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1", "--save_strategy", "no"]
 
 
@@ -253,6 +253,7 @@ def test_retrieval(models, data, tmp_path, trained):
 # What Trainer brings
 
 
+@pytest.mark.full
 def test_training_goes_on_where_it_was(models, data, tmp_path):
     """Stopped after two of four steps, and resumed, it gives the weights of the whole run."""
     more = ["--context_column_name", "text", "--do_train", "--save_strategy", "steps", "--save_steps", "2"]
