@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -287,27 +286,6 @@ def test_checkpointing_accumulation_and_half_precision(models, data, tmp_path):
     for name, tolerance in (("checkpointing", 1e-5), ("accumulation", 1e-4), ("bf16", 0.1)):
         np.testing.assert_allclose(curves[name], curves["plain"], rtol=0, atol=tolerance, err_msg=name)
     assert curves["bf16"] != curves["plain"]
-
-
-@pytest.mark.full
-def test_two_processes_train_as_one(models, data, tmp_path):
-    """Under `accelerate launch`, with the batch shared out: the same losses, and a checkpoint that loads."""
-    columns = ["--label_column_name", "topic", "--systems", "lsg", "--do_train", "--do_predict", *STEADY]
-    script = run_classification.__file__
-    ways = {
-        "one": ([sys.executable], 4),
-        "ddp": ([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"], 2),
-    }
-    curves, rows = {}, {}
-    for name, (launcher, batch) in ways.items():
-        arguments = flags(models, "bert", data, tmp_path / name, *columns, batch=batch)
-        result = subprocess.run([*launcher, script, *arguments], capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        curves[name], (rows[name],) = losses(tmp_path / name), results(tmp_path / name)["results"]
-        assert result.stdout.count("| lsg |") == 1
-    np.testing.assert_allclose(curves["ddp"], curves["one"], rtol=0, atol=1e-4)
-    assert rows["ddp"]["loss"] == pytest.approx(rows["one"]["loss"], abs=1e-4)
-    AutoModelForSequenceClassification.from_pretrained(tmp_path / "ddp", trust_remote_code=True)
 
 
 # Mistakes
