@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from dataclasses import fields
+from inspect import getsource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import tomllib
 import torch
 from conftest import GOLDEN, run_command
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import TrainingArguments
 
 from lsg_converter import ConversionError, cli, families
 from lsg_converter.modeling.lsg_attention import KERNELS
@@ -124,8 +126,10 @@ def shell(command: list[str], runs: bool, fails: bool) -> bool:
         assert program.startswith("python") and arguments[1] in ("venv", "pytest")
     else:
         assert program == "python"
-        script = (ROOT / arguments[0]).read_text()
-        assert all(f'"{word}"' in script for word in arguments if word.startswith("--"))
+        script, words = (ROOT / arguments[0]).read_text(), [word for word in arguments if word.startswith("--")]
+        if "import common" in script:  # The fields of dataclasses are its flags.
+            script += (ROOT / "experiments" / "common.py").read_text() + getsource(TrainingArguments)
+        assert all(re.search(rf'"{word}"|^    {word[2:]}: ', script, re.MULTILINE) for word in words)
     return False
 
 
