@@ -167,6 +167,7 @@ def test_steps_equal_the_whole(load, kind):
 GENERATION = {"max_new_tokens": 30, "eos_token_id": 10**6, "return_dict_in_generate": True, "output_logits": True}
 
 
+@pytest.mark.few_families
 @pytest.mark.parametrize(
     "options",
     [{}, {"do_sample": True}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 2, "do_sample": True}],
@@ -185,6 +186,7 @@ def test_generation_is_the_same_with_and_without_a_cache(load, options):
         torch.testing.assert_close(logits, others, rtol=0, atol=1e-4)
 
 
+@pytest.mark.few_families
 def test_caches_that_grow_shrink_and_stay(load):
     model = load()
     ids, _, _ = text(model, rows=1, tokens=17, padding=(0,))
@@ -211,6 +213,7 @@ def test_caches_that_grow_shrink_and_stay(load):
     torch.testing.assert_close(step, whole, rtol=0, atol=1e-4)
 
 
+@pytest.mark.few_families
 def test_a_step_does_not_copy_the_cache(load):
     model = load()
     ids, _, _ = text(model, rows=1, tokens=30, padding=(0,))
@@ -233,6 +236,7 @@ def test_a_static_cache_in_a_compiled_graph(load):
     assert torch.equal(static, model.generate(ids, **options).sequences)
 
 
+@pytest.mark.few_families
 def test_a_decoder_trains(load):
     for fields in ({}, {"attn_implementation": "eager"}):
         model = load(**fields).train()
@@ -243,6 +247,7 @@ def test_a_decoder_trains(load):
         assert model.base_model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.few_families
 def test_what_a_decoder_refuses(load):
     model = load()
     ids, mask, _ = text(model)
@@ -255,6 +260,7 @@ def test_what_a_decoder_refuses(load):
         model(torch.ones(3, 1000, dtype=torch.int64), past_key_values=cache)
 
 
+@pytest.mark.few_families
 def test_short_texts_are_those_of_the_stock_model(load, golden):
     """Without global tokens, in two blocks."""
     stock = AutoModelForCausalLM.from_pretrained(golden.source, is_decoder=True).eval()
