@@ -279,6 +279,11 @@ def load_splits(data: DataArguments, training: TrainingArguments, *columns: str)
     return result
 
 
+def held_out(datasets: dict[str, Any]) -> list[str]:
+    """The splits that are measured on."""
+    return [split for split in datasets if split != "train"]
+
+
 def encode(datasets: dict[str, Any], function: Callable[..., Any], **more: Any) -> Any:
     """Each dataset with what `function` makes of its rows, and no other columns."""
     return {
@@ -312,7 +317,7 @@ def evaluate(
 ) -> Iterator[dict[str, Any]]:
     """A row of metrics for each split but train, and for each of some LSG settings."""
     left_out = ("_per_second", "_time", "epoch")
-    for split in [split for split in datasets if split != "train"]:
+    for split in held_out(datasets):
         for setting in settings:
             with changed(trainer.model.config, setting):
                 output = trainer.evaluate(datasets[split], metric_key_prefix=split)
@@ -341,6 +346,12 @@ def write_results(training: TrainingArguments, flags: Sequence[str], rows: list[
     folder = Path(str(training.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def report(training: TrainingArguments, flags: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Write the rows to `results.json`, and print them."""
+    write_results(training, flags, rows)
+    print_table(training, rows)
 
 
 def print_table(training: TrainingArguments, rows: list[dict[str, Any]]) -> None:

@@ -219,6 +219,18 @@ def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
+def random_text(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
+    """The same without padding: RoBERTa-like models count positions by ids."""
+    ids = random_ids(model, rows, tokens)
+    ids[ids == model.config.pad_token_id] += 1
+    return ids
+
+
+def relative_difference(states: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest difference from `states`, by the largest of these."""
+    return float((states - others).abs().max() / states.abs().max())
+
+
 def dtype_name(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
@@ -296,16 +308,12 @@ def padding_invariance(model: PreTrainedModel, limit: int) -> Check:
     """A row gives the same alone and beside a longer one."""
     padded_length = fitting(model, min(4 * model.config.block_size + 1, limit))
     length = fitting(model, -(-5 * padded_length // 8))
-    ids = random_ids(model, 2, padded_length)
-    # RoBERTa-like models count positions by ids, so a padding id would be one more difference.
-    ids[ids == model.config.pad_token_id] += 1
+    ids = random_text(model, 2, padded_length)
     mask = torch.ones_like(ids)
     mask[0, length:] = 0
     alone = read(model, ids[:1, :length])
     padded = read(model, ids, mask)
-    difference = max(
-        float((a - b[:1, : a.shape[1]]).abs().max() / a.abs().max()) for a, b in zip(alone, padded, strict=True)
-    )
+    difference = max(relative_difference(a, b[:1, : a.shape[1]]) for a, b in zip(alone, padded, strict=True))
     require(difference <= PADDING_TOLERANCE, f"padding changes a row by {difference:.1e}")
     return Check(f"{length} tokens give the same alone and padded to {padded_length}", f"{difference:.0e}, float64")
 
@@ -314,9 +322,7 @@ def long_text(model: PreTrainedModel, limit: int) -> tuple[torch.Tensor, int]:
     """A text that every part of the attention reads, shape (1, tokens), and a place in it where its sparse keys are
     those of several blocks."""
     tokens = fitting(model, min(5 * model.config.block_size + 3, limit))
-    ids = random_ids(model, 1, tokens)
-    ids[ids == model.config.pad_token_id] += 1  # as in `padding_invariance`
-    return ids, max(3 * tokens // 4, 1)
+    return random_text(model, 1, tokens), max(3 * tokens // 4, 1)
 
 
 @torch.no_grad()
@@ -326,7 +332,7 @@ def no_leak(model: PreTrainedModel, limit: int) -> Check:
     other = ids.clone()
     other[:, place:] = (ids[:, place:] + 1) % model.config.vocab_size
     before, after = (read(model, x)[0][:, :place] for x in (ids, other))
-    difference = float((before - after).abs().max() / before.abs().max())
+    difference = relative_difference(before, after)
     require(difference <= PADDING_TOLERANCE, f"tokens behind a place change those before it by {difference:.1e}")
     return Check(
         f"the last {ids.shape[1] - place} of {ids.shape[1]} tokens change none before", f"{difference:.0e}, float64"
@@ -343,7 +349,7 @@ def same_in_steps(model: PreTrainedModel, limit: int) -> Check:
         outputs = model(input_ids=tokens, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
         parts.append(outputs.last_hidden_state)
-    difference = float((torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max())
+    difference = relative_difference(whole, torch.cat(parts, dim=1))
     require(difference <= PADDING_TOLERANCE, f"steps with a cache change a text by {difference:.1e}")
     return Check(f"{ids.shape[1]} tokens give the same in steps and at once", f"{difference:.0e}, float64")
 

@@ -143,7 +143,7 @@ def linear(data: ClassificationArguments, datasets: dict[str, Any], labels: Labe
     vectorizer = common.need("sklearn.feature_extraction.text").TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     texts, wanted = read("train")
     model.fit(vectorizer.fit_transform(texts), wanted)
-    for split in datasets.keys() - {"train"}:
+    for split in common.held_out(datasets):
         texts, wanted = read(split)
         yield {"system": "tfidf", "split": split, **labels.scores(model.predict(vectorizer.transform(texts)), wanted)}
 

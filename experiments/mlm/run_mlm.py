@@ -70,8 +70,7 @@ def main(flags: Sequence[str]) -> None:
     if training.do_train:
         common.train(trainer)
         rows += measure("after")
-    common.write_results(training, flags, rows)
-    common.print_table(training, rows)
+    common.report(training, flags, rows)
 
 
 if __name__ == "__main__":

@@ -135,11 +135,10 @@ def main(flags: Sequence[str]) -> None:
     if training.do_train:
         common.train(trainer)
     rows: list[dict[str, Any]] = []
-    for split in [split for split in datasets if split != "train"]:
+    for split in common.held_out(datasets):
         reader.rows = datasets[split]
         rows += common.evaluate(trainer, {split: encoded[split]})
-    common.write_results(training, flags, rows)
-    common.print_table(training, rows)
+    common.report(training, flags, rows)
 
 
 if __name__ == "__main__":

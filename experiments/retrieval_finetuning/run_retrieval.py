@@ -73,7 +73,7 @@ def main(flags: Sequence[str]) -> None:
         )
 
     def measure(when: str) -> Iterator[dict[str, Any]]:
-        for split in [split for split in datasets if split != "train"]:
+        for split in common.held_out(datasets):
             found = {name.split("_", 1)[1]: value for name, value in evaluator(split)(model).items()}
             yield {"model": when, "split": split, **{name: float(found[key]) for key, name in METRICS.items()}}
 
@@ -91,8 +91,7 @@ def main(flags: Sequence[str]) -> None:
         )
         common.train(trainer)
         rows += measure("after")
-    common.write_results(training, flags, rows)
-    common.print_table(training, rows)
+    common.report(training, flags, rows)
 
 
 if __name__ == "__main__":

@@ -106,8 +106,7 @@ def main(flags: Sequence[str]) -> None:
     for row in common.evaluate(trainer, encoded, settings):
         rows.append(row)
         common.write_results(training, flags, rows)  # What is measured is kept.
-    common.write_results(training, flags, rows)
-    common.print_table(training, rows)
+    common.report(training, flags, rows)
 
 
 if __name__ == "__main__":

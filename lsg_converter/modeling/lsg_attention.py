@@ -286,10 +286,11 @@ def blockwise_attention(
     text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout)
     text_output = take_first(text_output.view(text_query.shape), length - g)
 
-    global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
     if layout.causal:
-        global_output = query[:, :, :g]
-        global_probabilities = None if global_probabilities is None else torch.zeros_like(global_probabilities)
+        global_output, shape = query[:, :, :g], (*query.shape[:2], g, length)
+        global_probabilities = None if text_probabilities is None else text_probabilities.new_zeros(shape)
+    else:
+        global_output, global_probabilities = attend(query[:, :, :g], key, value, mask[:, :, None], dropout)
     output = torch.cat([global_output, text_output], dim=2)
     probabilities = None
     if text_probabilities is not None and global_probabilities is not None:

@@ -65,18 +65,16 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if tokens is not None:
             self.check_input(tokens, kwargs)
             self.warn_of_unknown(kwargs, names)
-            kernel = self.config.kernel
-            if self.config.causal:
-                first_token = self.find_first_token(kwargs)
+            kernel, causal = self.config.kernel, self.config.causal
+            prefix_mask = None if causal else self.cut_prefix(kwargs, tokens)
+            if prefix_mask is not None:
+                kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
+                kernel = "portable"  # The rows of a cache do not lie end to end.
+            first_token = self.find_first_token(kwargs)
+            if causal:
                 past = self.read_past(kwargs, tokens, first_token)
                 if kwargs.get("encoder_hidden_states") is not None:
                     kernel = "portable"  # Rows of text go with rows that the encoder has read.
-            else:
-                prefix_mask = self.cut_prefix(kwargs, tokens)
-                if prefix_mask is not None:
-                    kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
-                    kernel = "portable"  # The rows of a cache do not lie end to end.
-                first_token = self.find_first_token(kwargs)
             mask = self.extend_mask(kwargs.get("attention_mask"), tokens, first_token)
             if past is None or not past.is_step:
                 packing = pack_batch(mask, first_token, self.config.num_global_tokens, kernel)
@@ -293,15 +291,14 @@ class LSGReader(LSGPreTrained):
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings module does not."""
 
+    def strip_last_state(self, outputs: Any, packing: Packing | None) -> None:
+        """The same for the last state, where the stack of layers has not done it."""
+
     def strip_outputs(
-        self,
-        outputs: Any,
-        packing: Packing | None,
-        promoted: torch.Tensor | None,
-        prefix: int,
-        past: Past | None = None,
+        self, outputs: Any, packing: Packing | None, promoted: torch.Tensor | None, prefix: int, past: Past | None
     ) -> None:
-        """Cut the global tokens off the captured states and probabilities, and unpack them. The last state is done."""
+        """Cut the global tokens off the captured states and probabilities, and unpack them."""
+        self.strip_last_state(outputs, packing)
         config = self.config  # type: ignore[attr-defined]
         g = config.num_global_tokens
         if outputs.get("hidden_states"):

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .lsg_classes import LSGWrapper, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
-from .lsg_generation import CACHE_NAMES, Past
+from .lsg_generation import CACHE_NAMES
 from .lsg_modeling import LSGReader, argument_names
 from .lsg_modules import LSGPositions, LSGSeq2SeqAttention, global_tokens, strip_global_tokens
 from .lsg_packing import Packing
@@ -57,14 +57,7 @@ class LSGSeq2SeqEncoder(LSGReader):
             arguments["seqlens"] = packing.seqlens
         arguments["inputs_embeds"] = states
 
-    def strip_outputs(
-        self,
-        outputs: Any,
-        packing: Packing | None,
-        promoted: torch.Tensor | None,
-        prefix: int,
-        past: Past | None = None,
-    ) -> None:
+    def strip_last_state(self, outputs: Any, packing: Packing | None) -> None:
         config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
         if packing is not None:
             last = packing.unpack(last)
@@ -75,7 +68,6 @@ class LSGSeq2SeqEncoder(LSGReader):
         outputs["last_hidden_state"] = text
         if outputs.get("hidden_states"):
             outputs["hidden_states"] = (*outputs["hidden_states"][:-1], text)
-        super().strip_outputs(outputs, packing, promoted, prefix, past)
 
 
 class LSGSeq2SeqModel(LSGWrapper):
