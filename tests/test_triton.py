@@ -161,9 +161,14 @@ def gradients(output, leaves):
     return torch.autograd.grad((output * weight).sum(), leaves)
 
 
-def counts(keep):
-    """Where the output means something: up to the last token of a row that is kept. Shape (batch, 1, tokens, 1)."""
-    return (keep.flip(1).cumsum(1).flip(1) > 0)[:, None, :, None]
+def counts(keep, g):
+    """Where the output means something: up to the last token of a row that is kept, which has its first in any case.
+
+    Shape (batch, 1, tokens, 1).
+    """
+    taken = keep.flip(1).cumsum(1).flip(1) > 0
+    taken[:, : g + 1] = True
+    return taken[:, None, :, None]
 
 
 def close(actual, expected, atol=1e-5):
@@ -209,7 +214,7 @@ def against_dense(
         dropout=dropout,
         causal=causal,
     )
-    expected = expected * counts(keep)
+    expected = expected * counts(keep, g)
     close([output], [expected])
     close(gradients(output, leaves), gradients(expected, wide))
 
@@ -290,7 +295,7 @@ def test_agrees_with_eager(data, causal, shape, wide):
     expected, _ = lsg_attention(*(x.transpose(1, 2) for x in precise), keep, **options, kernel="eager")
     with mock.patch.object(lsg_triton, "WIDE_TYPES", wide):
         output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **options, kernel="triton")
-        output, expected = output * counts(keep), expected * counts(keep)
+        output, expected = output * counts(keep, g), expected * counts(keep, g)
         close([output], [expected])
         close(gradients(output, states), gradients(expected, precise))
 
@@ -307,8 +312,8 @@ def test_rows_of_both_kinds_agree_with_eager(kind):
     wide = [x.detach().double().requires_grad_() for x in states]
     output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **arguments, kernel="triton")
     expected, _ = lsg_attention(*(x.transpose(1, 2) for x in wide), keep, **arguments, kernel="eager")
-    close([output * counts(keep)], [expected * counts(keep)])
-    close(gradients(output * counts(keep), states), gradients(expected * counts(keep), wide))
+    close([output * counts(keep, g)], [expected * counts(keep, g)])
+    close(gradients(output * counts(keep, g), states), gradients(expected * counts(keep, g), wide))
 
 
 @runs
@@ -324,7 +329,7 @@ def test_half_precision_is_near(dtype):
     expected = dense(
         *(x.transpose(1, 2) for x in wide), keep, (*wide_sparse, sparse_keep), g=1, block=32, window=32, factor=2
     )
-    expected = expected * counts(keep)
+    expected = expected * counts(keep, 1)
     assert output.dtype == dtype
     tolerance = 16 * torch.finfo(dtype).eps
     close([output], [expected], tolerance)

@@ -123,8 +123,8 @@ def fused_attention(
 
     Returns:
         The shape of `query`, token-major in memory: (batch, g + t, heads, head_dim). Zero where a query has no key, and
-        behind the last token of a row that is not masked, where rows are not packed: those take no part. Of a causal
-        global token it is the query.
+        behind the last token of a row that is not masked, where rows are not packed: those take no part (a text's first
+        token always does). Of a causal global token it is the query.
 
     Raises:
         ValueError: where `cu_seqlens` comes without `max_seqlen`.
