@@ -9,6 +9,7 @@ over the whole text gives. It reads a window of the cache, however long the text
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from .lsg_attention import eager_kernel, sdpa_kernel
@@ -233,7 +234,13 @@ def step_attention(
     index = index.clamp(min=0, max=cached[0].shape[2] - 1)
     exists = exists & past.mask.gather(1, index.clamp(max=past.mask.shape[1] - 1))
     row = torch.arange(rows, device=device)[:, None]
-    seen = [x.transpose(1, 2)[row, index].transpose(1, 2) for x in cached]
+    if past.first_token is None and isinstance(past.length, int):
+        # The same place in all rows: a slice, with zeros for what does not exist.
+        start = (past.length // block - 1 - before) * block
+        end = start + index.shape[1]
+        seen = [F.pad(x, (0, 0, -start, end - x.shape[2])) for x in cached]
+    else:
+        seen = [x.transpose(1, 2)[row, index].transpose(1, 2) for x in cached]
 
     def windows(sequence: torch.Tensor, start: int, size: int, step: int) -> torch.Tensor:
         """What each block sees: (batch, heads, blocks, size, ...)."""
