@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import oracle
+import peft
 import pytest
 import torch
 from conftest import run_command
 from hypothesis import given, strategies as st
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from lsg_converter import families
 from lsg_converter.modeling.lsg_attention import lsg_attention
@@ -294,3 +295,80 @@ def test_the_benchmark_runs():
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["300", "600"]
+
+
+@pytest.mark.few_families
+@pytest.mark.parametrize("kind", ["norm", "bos_pooling"])
+@torch.no_grad()
+def test_rows_of_a_cache_change_places(load, kind):
+    """What weighs by the first token's query follows the row."""
+    model = load(sparsity_type=kind, dtype=torch.float64)
+    ids, mask, positions = text(model, padding=(0, 2, 3))
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 30:]
+    changes = {
+        "reorder_cache": ([2, 0, 1], torch.tensor([2, 0, 1])),
+        "batch_select_indices": ([2, 1], torch.tensor([2, 1])),
+        "batch_repeat_interleave": ([0, 0, 1, 1, 2, 2], 2),
+    }
+    for name, (rows, argument) in changes.items():
+        cache = DynamicCache()
+        model(ids[:, :30], attention_mask=mask[:, :30], position_ids=positions[:, :30], past_key_values=cache)
+        getattr(cache, name)(argument)
+        behind = {"attention_mask": mask[rows], "position_ids": positions[rows, 30:], "past_key_values": cache}
+        torch.testing.assert_close(model(ids[rows, 30:], **behind).logits, whole[rows], rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.few_families
+@torch.no_grad()
+def test_a_cache_that_another_filled(load):
+    ids = text(load())[0][:1]
+    for kind in ("norm", "bos_pooling"):
+        model = load(sparsity_type=kind, dtype=torch.float64)
+        filled = model(ids[:, :30], use_cache=True).past_key_values
+        cache = DynamicCache([(layer.keys, layer.values) for layer in filled.layers])
+        if kind == "bos_pooling":
+            with pytest.raises(ValueError, match="past_key_values: got a cache with a text whose first token"):
+                model(ids[:, 30:], past_key_values=cache)
+            continue
+        positions = torch.arange(45)[None] + text(model)[2].min()  # where RoBERTa's stock model would begin anew
+        whole = model(ids, position_ids=positions, use_cache=False).logits[:, 30:]
+        step = model(ids[:, 30:], position_ids=positions[:, 30:], past_key_values=cache).logits
+        torch.testing.assert_close(step, whole, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_reads_a_text_from_its_start(bert, tmp_path):
+    target = tmp_path / "lsg"
+    assert run_command(bert.source, target, "--architecture", "BertLMHeadModel", "--quiet", "--no_verify") == 0
+    options = {"trust_remote_code": True, "sparsity_type": "bos_pooling", "dtype": torch.float64}
+    model = AutoModelForCausalLM.from_pretrained(target, **SMALL | options).eval()
+    ids, others = (torch.randint(5, 100, (1, 40), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits, expected, rtol=0, atol=1e-10)  # with a cache of its own
+    cache = StaticCache(config=model.config, max_cache_len=50)
+    model(others, past_key_values=cache)
+    cache.reset()
+    torch.testing.assert_close(compiled(ids, past_key_values=cache).logits, expected, rtol=0, atol=1e-10)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_generation_stops_where_positions_end(load, golden):
+    if golden.name != "bert":
+        pytest.skip("the same for all")
+    model = load()
+    with pytest.raises(ValueError, match=r"got a text of 1 tokens behind 1000 in a cache; this checkpoint has pos"):
+        model.generate(torch.full((1, 995), 7), max_new_tokens=20, do_sample=False, eos_token_id=None)
+
+
+def test_prefixes_of_a_decoder_train(load, golden):
+    if golden.name != "bert":
+        pytest.skip("the same for all")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=9)
+    model = peft.get_peft_model(load(), config)
+    ids = text(model)[0]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(x.grad.abs().max() > 0 for x in model.parameters() if x.requires_grad)
+    model.eval()
+    assert model.generate(input_ids=ids[:1], max_new_tokens=5, do_sample=False).shape == (1, 50)

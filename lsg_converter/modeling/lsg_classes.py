@@ -36,8 +36,8 @@ class LSGPreTrained:
         # `EncoderDecoderModel` gives its parts stock configurations, and what it saves would come back as stock models.
         if name == "config" and not isinstance(value, self.config_class):
             raise ValueError(
-                f"config: got a {type(value).__name__}; {type(self).__name__} needs its {self.config_class.__name__}, "
-                "so it cannot be a part of a model that replaces it, such as EncoderDecoderModel; make that with "
+                f"config: got a {type(value).__name__}; {type(self).__name__} needs its {self.config_class.__name__}: "
+                "load that with trust_remote_code=True; for a part of an EncoderDecoderModel, which replaces it, take "
                 "LSGEncoderDecoderModel of lsg_converter"
             )
         super().__setattr__(name, value)

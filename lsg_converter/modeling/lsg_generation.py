@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from .lsg_attention import eager_kernel, sdpa_kernel
 from .lsg_layout import LSGLayout
 from .lsg_packing import Packing
-from .lsg_sparsity import sparsify
+from .lsg_sparsity import sparsify, weighs_by_query
 
 
 CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
@@ -113,7 +113,7 @@ class Past(NamedTuple):
                 f"attention_mask: got shape {tuple(mask.shape)}; beside a cache it must be (batch, tokens of the cache "
                 f"and new ones), {(rows, room)}"
             )
-        is_step = torch.compiler.is_compiling() or length > 0
+        is_step = isinstance(length, torch.Tensor) or length > 0
         return cls(length, mask.to(device=new.device, dtype=torch.bool), first_token, is_step)
 
     def hide(self, first_token: bool) -> "Past":
@@ -166,15 +166,11 @@ def cached_attention(
         new = tuple(packing.unpack(x.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2) for x in new)
     text = [x[:, :, g:] for x in new]
     cached = cache.update(text[1], text[2], layer_idx)
-    layer: Any = cache.layers[layer_idx]
+    first_query = text[0][:, :, 0]
+    if weighs_by_query(_layout(arguments), arguments["sparsity_type"]):
+        first_query = find_first_query(cache.layers[layer_idx], text[0], cached[0], past)
     if not past.is_step:
-        # "bos_pooling" weighs by the first token's query. (Beams of one text have the same.)
-        first = torch.zeros_like(past.mask[:, 0], dtype=torch.int64) if past.first_token is None else past.first_token
-        layer.first_query = text[0][torch.arange(len(first), device=first.device), :, first].detach()
         return None
-    first_query = layer.first_query
-    if len(first_query) != len(query):
-        first_query = first_query.repeat_interleave(len(query) // len(first_query), dim=0)
     output, probabilities = step_attention(
         text[0], (key[:, :, :g], value[:, :, :g]), cached, past, first_query, arguments
     )
@@ -182,6 +178,46 @@ def cached_attention(
     if probabilities is None:
         return output, None
     return output, (probabilities, probabilities.new_zeros(*query.shape[:2], g, probabilities.shape[3]))
+
+
+def _layout(arguments: dict[str, Any]) -> LSGLayout:
+    sizes = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type")
+    return LSGLayout.from_fields(**{name: arguments[name] for name in sizes}, causal=True)
+
+
+def find_first_query(layer: Any, query: torch.Tensor, cached_key: torch.Tensor, past: Past) -> torch.Tensor:
+    """The query of the first token of each text, by which "bos_pooling" weighs: (batch, heads, head_dim).
+
+    It is kept in the layer of the cache when the text begins, with the key of that token. By the key it is found again,
+    whatever became of the rows since.
+
+    Args:
+        query: of the new tokens, (batch, heads, n, head_dim).
+        cached_key: all that the cache holds, (batch, heads, tokens, head_dim).
+
+    Raises:
+        ValueError: where the cache holds a text that began elsewhere.
+    """
+    rows = torch.arange(len(query), device=query.device)
+    first = torch.zeros_like(rows) if past.first_token is None else past.first_token
+    first_key = cached_key[rows, :, first].detach()
+    first_query = query[rows, :, first.clamp(max=query.shape[2] - 1)].detach()
+    kept: tuple[torch.Tensor, torch.Tensor] | None = getattr(layer, "first_token", None)
+    if past.is_step:
+        if kept is not None:
+            same = (first_key[:, None] == kept[1]).flatten(2).all(dim=2)
+            kept_query = kept[0][same.int().argmax(dim=1)]
+        if isinstance(past.length, int):
+            if kept is None or not (torch.compiler.is_compiling() or bool(same.any(dim=1).all())):
+                raise ValueError(
+                    "past_key_values: got a cache with a text whose first token this model has not read, and whose "
+                    "query it needs; read the text from its start, or take another sparsity_type"
+                )
+            return kept_query
+        if kept is not None:  # In a graph for a static cache, where a text begins if the cache is empty.
+            first_query = torch.where(past.length == 0, first_query, kept_query)
+    layer.first_token = first_query, first_key
+    return first_query
 
 
 def step_attention(
@@ -203,8 +239,7 @@ def step_attention(
     options = dict(arguments)
     dropout, kernel = options.pop("dropout"), options.pop("kernel")
     sparsity = {name: options[name] for name in ("sparsity_type", "lsh_num_pre_rounds", "lsh_seed")}
-    sizes = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type")
-    layout = LSGLayout.from_fields(**{name: options[name] for name in sizes}, causal=True)
+    layout = _layout(arguments)
     layout = layout._replace(num_global_tokens=0)
     attend = eager_kernel if kernel == "eager" else sdpa_kernel
     (rows, heads, new, head_dim), block, device = query.shape, layout.block_size, query.device

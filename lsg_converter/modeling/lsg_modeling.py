@@ -171,9 +171,14 @@ class LSGReader(LSGPreTrained):
             raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
-        if length > limit and arguments.get("position_ids") is None:
+        positions = arguments.get("position_ids")
+        if length > limit and (
+            positions is None
+            or not (torch.compiler.is_compiling() or int(positions.max()) < config.max_position_embeddings)
+        ):
+            behind = f" behind {past} in a cache" if past else ""
             raise ValueError(
-                f"input_ids: got a text of {length} tokens; this checkpoint has positions for {limit}; "
+                f"input_ids: got a text of {length} tokens{behind}; this checkpoint has positions for {limit}; "
                 "truncate the text, or convert with a larger max_sequence_length"
             )
         if (

@@ -64,11 +64,18 @@ def sparsify(
         return SparseKeys(text_mask, text_key, text_value)
     if sparsity_type == "pooling":
         return pool_mean(text_key, text_value, text_mask, factor)
-    if sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and factor == layout.sparse_block_size):
+    if weighs_by_query(layout, sparsity_type):
         return pool_by_query(text_key, text_value, text_mask, text_query[:, :, 0], factor)
     if sparsity_type == "lsh":
         return cluster_by_lsh(text_key, text_value, text_mask, layout, lsh_num_pre_rounds, lsh_seed)
     raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
+
+
+def weighs_by_query(layout: LSGLayout, sparsity_type: str | None) -> bool:
+    """Whether tokens are merged by the first query of the text."""
+    return sparsity_type == "bos_pooling" or (
+        sparsity_type == "lsh" and layout.sparsity_factor == layout.sparse_block_size
+    )
 
 
 def choose_tokens(
