@@ -167,7 +167,7 @@ def between_rows(
     if step is not None:
         kept = same_bits(written[special::step], trained[special:])
         require(kept, f"{name} has not the source's rows at multiples of {step}")
-        figure += f", every {step}th to the bit"
+        figure += f", those at multiples of {step} to the bit"
     for index, row in enumerate(new):
         low, rest = divmod(index * across, steps)
         expected = rows[low] + (rows[min(low + 1, len(rows) - 1)] - rows[low]) * (rest / steps)

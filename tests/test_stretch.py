@@ -5,8 +5,11 @@ from functools import cache
 import pytest
 import torch
 from conftest import Golden, run_command
+from huggingface_hub.errors import StrictDataclassError
+from test_modeling import cache_of
 from transformers import AutoModel
 
+from lsg_converter import LSGEncoderDecoderModel, families
 from lsg_converter.modeling.modeling_lsg_bert import LSGBertConfig
 from lsg_converter.modeling.modeling_lsg_pegasus import LSGPegasusConfig
 from lsg_converter.surgery import stepped_positions
@@ -15,7 +18,8 @@ from lsg_converter.surgery import stepped_positions
 TRAINED, STEP = 512, 3
 TABLE = TRAINED * STEP
 SMALL = {"block_size": 4, "sparse_block_size": 4}
-FAMILIES = ["albert", "bart", "bert", "camembert", "distilbert", "electra", "mbart", "roberta", "xlm_roberta"]
+# Pegasus computes its positions.
+FAMILIES = [name.replace("-", "_") for name in families.model_types() if name != "pegasus"]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,29 @@ def test_padding_on_the_left(name, converted_by):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_cache_in_front_of_a_text_is_a_part_of_its_length(name, converted_by):
+    repeated, stretched = (small(converted_by(name, init)) for init in ("tile", "stretch"))
+    for tokens, same in ((TRAINED - 3, True), (TRAINED - 2, False)):
+        results = [
+            states(each, ids_of(2, tokens), past_key_values=cache_of(each, 3)[0]) for each in (repeated, stretched)
+        ]
+        assert torch.equal(*results) == same
+
+
+def test_the_encoder_of_two_checkpoints_may_be_stretched(converted_by):
+    stretched, repeated = converted_by("bert"), converted_by("bert", "tile")
+    joined = LSGEncoderDecoderModel.from_encoder_decoder_pretrained(
+        stretched, repeated, decoder_full_attention_length=None, decoder_start_token_id=5, pad_token_id=0
+    ).eval()
+    encoded = joined(ids_of(1, 700), decoder_input_ids=ids_of(1, 3)).encoder_last_hidden_state
+    assert torch.equal(encoded, states(reader(stretched), ids_of(1, 700)))
+    with pytest.raises(StrictDataclassError, match="position_step: got 3; allowed is 1 in the causal form"):
+        LSGEncoderDecoderModel.from_encoder_decoder_pretrained(
+            repeated, stretched, decoder_full_attention_length=None, decoder_start_token_id=5, pad_token_id=0
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_positions_that_are_given_are_used_as_they_are(name, converted_by):
     model, places = small(converted_by(name)), torch.tensor([[8, 9, 30, 31, 600]])
     given = places + model.special_positions(model.config)
@@ -154,7 +181,7 @@ def test_the_verification_sees_another_step(bert, tmp_path, capsys, monkeypatch)
     shown = " ".join(capsys.readouterr().out.split())
     for text in (
         f"the {TRAINED} trained rows, stretched by {STEP} to {TABLE}",
-        f"lie between the source's ({TABLE} rows, every {STEP}th to the bit",
+        f"lie between the source's ({TABLE} rows, those at multiples of {STEP} to the bit",
         "1, 256, 257, 511, 512 tokens give what the source gives (to the bit)",
     ):
         assert text in shown, text
@@ -198,9 +225,11 @@ def test_what_is_refused(name, flags, message, tmp_path, capsys):
 
 
 def test_fields_that_are_refused():
-    with pytest.raises(Exception, match="position_step: got 0; allowed is at least 1"):
+    with pytest.raises(StrictDataclassError, match="position_step: got 0; allowed is at least 1"):
         LSGBertConfig(position_step=0)
-    with pytest.raises(Exception, match="position_step: got 2; allowed is 1 in the causal form"):
+    with pytest.raises(StrictDataclassError, match="position_step: got 2; allowed is 1 in the causal form"):
         LSGBertConfig(position_step=2, is_decoder=True)
-    with pytest.raises(Exception, match="position_step: got 2; allowed is 1: pegasus computes its positions"):
+    with pytest.raises(
+        StrictDataclassError, match="position_step: got 2; allowed is 1: pegasus computes its positions"
+    ):
         LSGPegasusConfig(position_step=2)

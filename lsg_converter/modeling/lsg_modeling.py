@@ -272,8 +272,9 @@ class LSGReader(LSGPreTrained):
     ) -> torch.Tensor:
         """The rows of a stretched position table that the tokens of a batch read: int64, (batch, t).
 
-        Each row of the batch goes in steps, of `position_step` rows at most and as large as the length of its text, up
-        to its last token that is not masked, leaves room for. Without steps it would read the rows of the stock model.
+        Each row of the batch goes in the largest step up to `position_step` that, times the length of its text, is at
+        most the length of the table. A text ends at its last token that is not masked. In steps of 1 it would read the
+        rows of the stock model.
 
         Args:
             arguments: of the forward.
