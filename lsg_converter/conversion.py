@@ -123,14 +123,11 @@ def plan(source: Source, config: Any) -> ConversionReport:
             f"--max_sequence_length: got {length}, for which the positions alone would take "
             f"{4 * tables * length * width:,} bytes in float32; give at most {MAX_SEQUENCE_LENGTH}"
         )
-    if base_class.sinusoidal_positions:
-        if options.position_init == "interpolate":
-            raise OptionError(
-                f"--position_init: got 'interpolate'; {source.family.model_type} computes its positions: leave it out"
-            )
+    if source.family.config_class.sinusoidal_positions:
         positions = f"positions: computed for {length} tokens"
     else:
-        how = "stretched" if options.position_init == "interpolate" else "cut" if length < trained else "repeated"
+        hows = {"tile": "cut" if length < trained else "repeated", "interpolate": "stretched"}
+        how = hows.get(options.position_init, f"stretched by {length // trained}")
         positions = f"positions: the {trained} trained rows, {how} to {length}"
     if length < trained:
         source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")
@@ -175,6 +172,30 @@ def advice(source: Source, config: Any) -> list[str]:
     return result
 
 
+def position_step(source: Source) -> int:
+    """`position_step` of the converted model. Raises OptionError where its positions cannot be what is asked for."""
+    options, length, trained = source.options, source.options.max_sequence_length, source.positions
+    before, got = getattr(source.config, "position_step", 1), f"--position_init: got {options.position_init!r}"
+    if source.family.config_class.sinusoidal_positions and options.position_init != "tile":
+        raise OptionError(f"{got}; {source.family.model_type} computes its positions: leave it out")
+    if options.position_init != "stretch":
+        if before > 1:
+            raise OptionError(f"{got}; the positions of the source are stretched already: give stretch")
+        return 1
+    if source.is_decoder:
+        raise OptionError(
+            f"{got} for a decoder, where the place of a token must not depend on those behind it; give tile or "
+            "interpolate"
+        )
+    if length % trained:
+        more = -(-length // trained) * trained
+        raise OptionError(
+            f"--max_sequence_length: got {length}; with --position_init stretch give a multiple of the source's "
+            f"{trained} positions, such as {more}"
+        )
+    return before * (length // trained)
+
+
 def lsg_config(source: Source) -> Any:
     """The configuration of the converted model. Raises OptionError where a field is not allowed."""
     options, base_class = source.options, source.family.base_class
@@ -186,7 +207,10 @@ def lsg_config(source: Source) -> Any:
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise OptionError(f"--model_kwargs: got an unknown field {name!r}; {hint}")
         check_type(f"model_kwargs: {name}", value, hints[name])
-    if options.exact and source.family.config_class.has_causal_form and source.config.is_decoder:
+    if "position_step" in kwargs:
+        raise OptionError("--model_kwargs: got position_step; --position_init stretch sets it")
+    kwargs["position_step"] = position_step(source)
+    if options.exact and source.family.config_class.has_causal_form and source.is_decoder:
         raise OptionError(
             f"--exact: got it for a decoder, where what a token sees must not depend on those behind it; give "
             f"--model_kwargs \"{{'num_global_tokens': 0, 'block_size': {-(-source.positions // 2)}}}\", where two "
@@ -221,12 +245,14 @@ def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tenso
     options, base_class, state = source.options, source.family.base_class, model.state_dict()
     special, length = source.special_positions, options.max_sequence_length
     names = [name for table in base_class.position_tables if (name := source.prefix + table) in state]
-    if base_class.sinusoidal_positions:
+    if source.family.config_class.sinusoidal_positions:
         width, dtype = state[names[0]].shape[1], state[names[0]].dtype
         tables = {name: surgery.sinusoidal_positions(length, width, dtype) for name in names}
     else:
-        lengthen = surgery.longer_positions if options.position_init == "tile" else surgery.stretched_positions
+        lengthen = surgery.stretched_positions if options.position_init == "interpolate" else surgery.longer_positions
         tables = {name: lengthen(state[name], length, special) for name in names}
+        if options.position_init == "stretch":  # Not a decoder's: how long its text will be is not known.
+            tables[names[0]] = surgery.stepped_positions(state[names[0]], length // source.positions, special)
     global_name = source.prefix + base_class.global_table
     if source.prefix + base_class.position_tables[0] in state and not options.resize_lsg:
         table = surgery.global_embeddings(

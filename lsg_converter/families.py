@@ -50,10 +50,13 @@ class Family:
             raise OptionError(f"--architecture: got {architecture!r}; the family {self.model_type!r} has {known}")
         return self.architectures[name]
 
+    def is_decoder(self, lsg_class: Any) -> bool:
+        """Whether a class is a decoder alone."""
+        return self.auto_map.get("AutoModelForCausalLM") == f"{self.module}.{lsg_class.__name__}"
+
     def is_causal(self, lsg_class: Any) -> bool:
         """Whether a class is a decoder alone, which has causal LSG."""
-        target = f"{self.module}.{lsg_class.__name__}"
-        return self.config_class.has_causal_form and self.auto_map.get("AutoModelForCausalLM") == target
+        return self.config_class.has_causal_form and self.is_decoder(lsg_class)
 
     @cached_property
     def auto_map(self) -> Mapping[str, str]:

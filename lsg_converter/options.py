@@ -103,8 +103,12 @@ class ConversionOptions:
     rebuild_global_tokens: bool = field(
         default=False, metadata=_help("The source is an LSG checkpoint: rebuild all its global tokens.")
     )
-    position_init: Literal["tile", "interpolate"] = field(
-        default="tile", metadata=_help("Repeat the trained positions, or stretch them over the new length.")
+    position_init: Literal["tile", "interpolate", "stretch"] = field(
+        default="tile",
+        metadata=_help(
+            "Repeat the trained positions (tile), or put others between them: for every text (interpolate), or for "
+            "those that are longer than the source's positions (stretch)."
+        ),
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata=_help("The dtype of the written weights; auto is the source's own.")
@@ -184,8 +188,8 @@ class ConversionOptions:
                 raise OptionError(f"--exact: got {name}={fields[name]!r} as well; give {allowed!r}, or leave one out")
         if "full_attention_length" in fields:
             raise OptionError("--exact: got full_attention_length as well, which it sets; give one of them")
-        if self.position_init != "tile":
-            raise OptionError(f"--exact: got --position_init {self.position_init} as well; give one of them")
+        if self.position_init == "interpolate":
+            raise OptionError("--exact: got --position_init interpolate as well; give tile or stretch")
         if global_token_flags:
             raise OptionError(f"--exact: got --{global_token_flags[0]}, for an LSG source; give --model_kwargs instead")
 

@@ -62,6 +62,7 @@ class Source:
         config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
         positions: how many tokens it can read.
+        is_decoder: whether what it becomes is a decoder alone.
         special_positions: how many rows of its position tables stand before the first position.
         first_id, other_id: the token that the first global token starts from, and the one of the others; None where the
             vocabulary lacks it. A dry run sets neither.
@@ -119,6 +120,8 @@ class Source:
             )
         self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
         self.special_positions = base_class.special_positions(self.config)
+        causal = self.family.config_class.has_causal_form and self.config.is_decoder
+        self.is_decoder = causal or self.family.is_decoder(self.lsg_class)
         self.warnings: list[str] = []
         self.files: list[Path] = []
         if content.get("auto_map") and not self.is_lsg:

@@ -28,11 +28,33 @@ def stretched_positions(table: torch.Tensor, max_sequence_length: int, offset: i
     """
     special, trained = table[:offset], table[offset:]
     place = torch.linspace(0, trained.shape[0] - 1, max_sequence_length, dtype=torch.float64)
+    return torch.cat([special, _rows_at(trained, place)])
+
+
+def stepped_positions(table: torch.Tensor, step: int, offset: int = 0) -> torch.Tensor:
+    """Put `step - 1` rows between any two trained rows of a position table, with linear steps between them, and as
+    many, which are the last trained one, behind that.
+
+    Args:
+        table: shape (offset + trained positions, width).
+        step: in the result each `step`-th row behind the `offset` rows is a trained one, to the bit.
+
+    Returns:
+        Shape (offset + step * trained positions, width).
+    """
+    special, trained = table[:offset], table[offset:]
+    place = torch.arange(step * trained.shape[0], dtype=torch.float64) / step
+    rows = _rows_at(trained, place.clamp(max=trained.shape[0] - 1))
+    rows[::step] = trained
+    return torch.cat([special, rows])
+
+
+def _rows_at(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """What stands at places between rows, float64 numbers from 0 to the last row's, on the lines between them."""
     low = place.floor().long()
     weight = (place - low)[:, None]
-    high = (low + 1).clamp(max=trained.shape[0] - 1)
-    rows = trained[low].double() * (1 - weight) + trained[high].double() * weight
-    return torch.cat([special, rows.to(table.dtype)])
+    high = (low + 1).clamp(max=rows.shape[0] - 1)
+    return (rows[low].double() * (1 - weight) + rows[high].double() * weight).to(rows.dtype)
 
 
 def sinusoidal_positions(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:

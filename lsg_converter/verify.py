@@ -99,7 +99,7 @@ def checks(source: Source, config: Any, folder: Path, announce: Announce) -> Ite
 def exact_lengths(source: Source, config: Any) -> list[int]:
     """Lengths at which a text must give what the source gives: the longest such, and those around which another part of
     the code takes over. None where there are global tokens, or other positions."""
-    kept = source.options.position_init == "tile" and not source.is_lsg
+    kept = source.options.position_init != "interpolate" and not source.is_lsg
     if not kept or config.num_global_tokens or config.mask_first_token:
         return []
     two_blocks = 2 * config.block_size
@@ -128,13 +128,13 @@ def unchanged_weights(source: Source, original: PreTrainedModel, written: Writte
 
 def position_tables(source: Source, original: PreTrainedModel, written: Written) -> Iterator[Check]:
     """Row `special + i` is the source's row `special + i mod n`, or lies between two of its rows, or is sinusoidal."""
-    special, length = source.special_positions, source.options.max_sequence_length
-    state = original.state_dict()
-    for table in source.family.base_class.position_tables:
+    special, length, init = source.special_positions, source.options.max_sequence_length, source.options.position_init
+    state, tables = original.state_dict(), source.family.base_class.position_tables
+    for table in tables:
         name = source.prefix + table
         if name not in state:
             continue
-        if source.family.base_class.sinusoidal_positions:
+        if source.family.config_class.sinusoidal_positions:
             rows, width = written[name].double(), written[name].shape[1]
             frequency = torch.tensor([10000.0 ** (-2 * (i // 2) / width) for i in range(width)], dtype=torch.float64)
             angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
@@ -145,8 +145,9 @@ def position_tables(source: Source, original: PreTrainedModel, written: Written)
             yield Check(f"rows of {table.removesuffix('.weight')} are sinusoidal", f"{length} rows")
             continue
         trained = state[name]
-        if source.options.position_init == "interpolate":
-            yield between_rows(table.removesuffix(".weight"), trained, written[name], special)
+        if init == "interpolate" or (init == "stretch" and table == tables[0]):
+            step = length // source.positions if init == "stretch" else None
+            yield between_rows(table.removesuffix(".weight"), trained, written[name], special, step)
             continue
         row = torch.arange(special + length)
         origin = torch.where(row < special, row, special + (row - special) % (trained.shape[0] - special))
@@ -154,18 +155,26 @@ def position_tables(source: Source, original: PreTrainedModel, written: Written)
         yield Check(f"rows of {table.removesuffix('.weight')} repeat the source's to the bit", f"{length} rows")
 
 
-def between_rows(name: str, trained: torch.Tensor, written: torch.Tensor, special: int) -> Check:
-    """Each row lies on the line between the two trained rows around its place, which is computed in whole numbers."""
+def between_rows(
+    name: str, trained: torch.Tensor, written: torch.Tensor, special: int, step: int | None = None
+) -> Check:
+    """Each row lies on the line between the two trained rows around its place, which is computed in whole numbers; with
+    a step, each `step`-th row is a trained one, to the bit, and behind the last of these all equal it."""
     require(same_bits(written[:special], trained[:special]), f"{name} has other rows before the first position")
     rows, new = trained[special:].double(), written[special:].double()
-    worst = 0.0
+    worst, figure = 0.0, f"{len(new)} rows"
+    across, steps = (len(rows) - 1, max(len(new) - 1, 1)) if step is None else (1, step)
+    if step is not None:
+        kept = same_bits(written[special::step], trained[special:])
+        require(kept, f"{name} has not the source's rows at multiples of {step}")
+        figure += f", those at multiples of {step} to the bit"
     for index, row in enumerate(new):
-        low, rest = divmod(index * (len(rows) - 1), max(len(new) - 1, 1))
-        expected = rows[low] if rest == 0 else rows[low] + (rows[low + 1] - rows[low]) * (rest / (len(new) - 1))
+        low, rest = divmod(index * across, steps)
+        expected = rows[low] + (rows[min(low + 1, len(rows) - 1)] - rows[low]) * (rest / steps)
         worst = max(worst, float((row - expected).abs().max()))
     allowed = torch.finfo(trained.dtype).eps * float(rows.abs().max())
     require(worst <= allowed, f"{name} is {worst:.0e} away from the lines between the source's rows")
-    return Check(f"rows of {name} lie between the source's", f"{len(new)} rows, {worst:.0e}")
+    return Check(f"rows of {name} lie between the source's", f"{figure}, {worst:.0e}")
 
 
 def global_table(source: Source, original: PreTrainedModel, written: Written) -> Iterator[Check]:

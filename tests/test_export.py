@@ -124,9 +124,9 @@ class FirstOutput(torch.nn.Module):
 
 
 @pytest.fixture
-def model(converted):
-    model = AutoModel.from_pretrained(converted, trust_remote_code=True, block_size=8, sparse_block_size=8)
-    return FirstOutput(model).eval()
+def model(converted, request):
+    fields = {"block_size": 8, "sparse_block_size": 8, "position_step": getattr(request, "param", 1)}
+    return FirstOutput(AutoModel.from_pretrained(converted, trust_remote_code=True, **fields)).eval()
 
 
 def ids(length, batch=2):
@@ -137,6 +137,7 @@ def ids(length, batch=2):
     return tokens.masked_fill(mask == 0, 1), mask  # the padding of BART and RoBERTa
 
 
+@pytest.mark.parametrize("model", [1, pytest.param(40, marks=pytest.mark.full)], indirect=True, ids=["", "stretched"])
 @pytest.mark.parametrize("exporter", ["torch.export", "onnx, dynamo=False"])
 def test_models_are_exported(model, exporter, tmp_path):
     graph = export(exporter, model, ids(16), tmp_path)
@@ -161,7 +162,11 @@ def test_what_a_graph_cannot_have_is_refused(model):
 
 
 @pytest.mark.few_families
-@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 2), pytest.param(None, 3, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("model", "dynamic", "graphs"),
+    [(1, True, 2), *(pytest.param(*case, marks=pytest.mark.full) for case in ((1, None, 3), (40, True, 2)))],
+    indirect=["model"],
+)
 def test_compiling_makes_a_graph_for_short_texts_and_one_for_long_ones(model, dynamic, graphs):
     counter = CompileCounter()
     compiled = torch.compile(model, dynamic=dynamic, backend=counter, fullgraph=True)

@@ -33,6 +33,9 @@ class LSGConfig:
         sparsity_factor: how many tokens of text one sparse key stands for.
         full_attention_length: up to how many tokens a text gets ordinary full attention; None means two blocks, which
             is also the least.
+        position_step: how many rows of the position table there are for each trained one, where a conversion stretched
+            it. A short text reads every `position_step`-th row, a longer one as large a step as its length leaves room
+            for; 1 means that every text reads every row.
         sparsity_type: how sparse keys are made: "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh"; or
             "none", for no sparse keys.
         lsh_num_pre_rounds: rounds of merging before the last one, for "lsh".
@@ -50,6 +53,7 @@ class LSGConfig:
     sparsity_factor: int = 2
     sparsity_type: str | None = "norm"
     full_attention_length: int | None = None
+    position_step: int = 1
     lsh_num_pre_rounds: int = 1
     lsh_seed: int = 0
     adaptive: bool = True
@@ -57,6 +61,8 @@ class LSGConfig:
 
     # Whether `is_decoder` asks for the causal form: in families with a model that is a decoder alone.
     has_causal_form: ClassVar[bool] = False
+    # Whether the family computes its positions, by the place of a token, and has trained none.
+    sinusoidal_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A subclass of a strict configuration is strict only if it is made so again.
@@ -103,6 +109,9 @@ class LSGConfig:
         full, kernel = self.full_attention_length, self.attention_kernel
         require("full_attention_length", full is None or full >= 0, "a number of tokens, or none for two blocks")
         require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
+        require("position_step", self.position_step >= 1, "at least 1")
+        computed = self.sinusoidal_positions and self.position_step > 1
+        require("position_step", not computed, f"1: {self.model_type} computes its positions")  # type: ignore[attr-defined]
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
             "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
@@ -114,6 +123,11 @@ class LSGConfig:
                 (full or 0) <= 2 * block,
                 f"none, or two blocks, {2 * block}, in the causal form: what a token sees must not depend on those "
                 "behind it",
+            )
+            require(
+                "position_step",
+                self.position_step == 1,
+                "1 in the causal form: where a token stands must not depend on those behind it",
             )
         require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
         if self.layout.sparse_block_size:

@@ -76,6 +76,8 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 if kwargs.get("encoder_hidden_states") is not None:
                     kernel = "portable"  # Rows of text go with rows that the encoder has read.
             mask = self.extend_mask(kwargs.get("attention_mask"), tokens, first_token)
+            if self.config.position_step > 1 and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = self.stretched_positions(kwargs, tokens, mask, prefix)
             if past is None or not past.is_step:
                 packing = pack_batch(mask, first_token, self.config.num_global_tokens, kernel)
             if past is not None:
@@ -157,13 +159,19 @@ class LSGReader(LSGPreTrained):
         """How many of them `config.max_position_embeddings` counts."""
         return cls.special_positions(config) if cls.positions_follow_padding else 0
 
+    @property
+    def text_positions(self) -> int:
+        """How many tokens of text have a row in the position table."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        return config.max_position_embeddings - self.counted_positions(config)
+
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
         config, (rows, length) = self.config, tokens.shape[:2]  # type: ignore[attr-defined]
         if not torch.compiler.is_compiling():
             config.validate_lsg()  # A field may have been set since the last text.
         cache = given_cache(arguments)
-        limit = config.max_position_embeddings - self.counted_positions(config)
+        limit = self.text_positions
         past = 0 if cache is None else cache.get_seq_length()
         if not (torch.compiler.is_compiling() and isinstance(past, torch.Tensor)):  # of a static cache
             limit -= int(past)
@@ -263,6 +271,37 @@ class LSGReader(LSGPreTrained):
             mask = mask & (places != (0 if first_token is None else first_token[:, None]))
         mask = torch.cat([mask.new_ones(shape[0], config.num_global_tokens), mask], dim=1)
         return mask[:, None, None]
+
+    def stretched_positions(
+        self, arguments: Mapping[str, Any], tokens: torch.Tensor, mask: torch.Tensor, prefix: int
+    ) -> torch.Tensor:
+        """The rows of a stretched position table that the tokens of a batch read: int64, (batch, t).
+
+        Each row of the batch goes in the largest step up to `position_step` that, times the length of its text, is at
+        most the length of the table. A text ends at its last token that is not masked. In steps of 1 it would read the
+        rows of the stock model.
+
+        Args:
+            arguments: of the forward.
+            tokens: its ids or embeddings, (batch, t, ...).
+            mask: as `extend_mask` gives it.
+            prefix: tokens of a cache in front of the text.
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        special, available = self.special_positions(config), self.text_positions
+        if self.positions_follow_padding:
+            stock: Any = self.embeddings  # type: ignore[attr-defined]
+            if arguments.get("inputs_embeds") is None:
+                position = stock.create_position_ids_from_input_ids(tokens, config.pad_token_id, prefix)
+            else:
+                position = stock.create_position_ids_from_inputs_embeds(tokens, config.pad_token_id)
+            place = position - special  # -1 where there is padding
+        else:
+            place = prefix + torch.arange(tokens.shape[1], device=tokens.device)
+        text = mask[:, 0, 0, config.num_global_tokens :]
+        length = ((place + 1) * text).amax(dim=1, keepdim=True).clamp(min=1)
+        step = (available // length).clamp(min=1, max=config.position_step)
+        return special + (place * step).clamp(min=-1, max=available - 1)
 
     def read_past(
         self, arguments: dict[str, Any], tokens: torch.Tensor, first_token: torch.Tensor | None
@@ -370,4 +409,3 @@ class LSGModel(LSGReader):
     position_tables: ClassVar[tuple[str, ...]] = ("embeddings.position_embeddings.weight",)
     global_table: ClassVar[str] = "embeddings.global_embeddings.weight"
     global_token_type: ClassVar[bool] = False
-    sinusoidal_positions: ClassVar[bool] = False

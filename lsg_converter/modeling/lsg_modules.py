@@ -43,8 +43,13 @@ class LSGPositions:
 
     weight: torch.Tensor
 
-    def forward(self, *args: Any, length: int | None = None, **kwargs: Any) -> torch.Tensor:
-        """The positions of a text of `length` tokens, shape (length, width); without it, a zero."""
+    def forward(
+        self, *args: Any, length: int | None = None, rows: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The positions of a text of `length` tokens, shape (length, width); or, of texts whose rows of the table are
+        given, (batch, length), those rows; without either, a zero."""
+        if rows is not None:
+            return F.embedding(rows, self.weight)
         if length is None:
             return self.weight.new_zeros(())
         first = getattr(self, "offset", 0)

@@ -50,7 +50,8 @@ class LSGSeq2SeqEncoder(LSGReader):
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
         tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
-        text = text + self.embed_positions(length=text.shape[1]).to(text.device)  # type: ignore[attr-defined]
+        rows = arguments.pop("position_ids", None)
+        text = text + self.embed_positions(length=text.shape[1], rows=rows).to(text.device)  # type: ignore[attr-defined]
         states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
         if packing is not None:
             states, arguments["attention_mask"] = packing.pack(states), packing.mask
@@ -76,7 +77,6 @@ class LSGSeq2SeqModel(LSGWrapper):
     position_tables: ClassVar[tuple[str, ...]] = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
     global_table: ClassVar[str] = "encoder.global_embeddings.weight"
     global_token_type: ClassVar[bool] = False
-    sinusoidal_positions: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,7 +87,7 @@ class LSGSeq2SeqModel(LSGWrapper):
     def train(self, mode: bool = True) -> Any:
         """As in torch. Loading makes computed positions trainable, and ends in `eval`; here they are frozen again."""
         super().train(mode)  # type: ignore[misc]
-        if self.sinusoidal_positions:
+        if self.config.sinusoidal_positions:  # type: ignore[attr-defined]
             for part in (self.encoder, self.decoder):  # type: ignore[attr-defined]
                 part.embed_positions.requires_grad_(False)
         return self

@@ -7,7 +7,8 @@ from .lsg_config import LSGSeq2SeqConfig
 from .lsg_seq2seq import LSGSeq2SeqEncoder, LSGSeq2SeqModel
 
 
-class LSGPegasusConfig(LSGSeq2SeqConfig, configuration_pegasus.PegasusConfig): ...
+class LSGPegasusConfig(LSGSeq2SeqConfig, configuration_pegasus.PegasusConfig):
+    sinusoidal_positions = True
 
 
 class LSGPegasusEncoder(LSGSeq2SeqEncoder, modeling_pegasus.PegasusEncoder):
@@ -18,7 +19,6 @@ class LSGPegasusEncoder(LSGSeq2SeqEncoder, modeling_pegasus.PegasusEncoder):
 class LSGPegasusModel(LSGSeq2SeqModel, modeling_pegasus.PegasusModel):
     config_class = LSGPegasusConfig
     lsg_part_class = LSGPegasusEncoder
-    sinusoidal_positions = True
 
 
 define_heads(LSGPegasusModel)
