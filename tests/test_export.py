@@ -1,7 +1,10 @@
 """Graphs: one that is exported, from whatever dummy, is right at every length; `torch.compile` makes few."""
 
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -201,6 +204,9 @@ def test_the_command_writes_a_graph(bert, tmp_path, flags):
         expected = model(**texts).logits
     mask = texts["attention_mask"] > 0
     torch.testing.assert_close(torch.from_numpy(logits)[mask], expected[mask], rtol=0, atol=1e-4)
+    script = Path(__file__).parents[1] / "experiments" / "efficiency" / "onnx_graph.py"
+    command = [sys.executable, script, target, "--lengths", "5", "300", "--rounds", "1"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("\n") == 4
 
 
 def test_what_has_no_graph_is_refused(tmp_path, bert, capsys, monkeypatch):
