@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 sys.path.extend(map(str, Path(sys.path[-1]).iterdir()))
 
+import adapt
 import common
 import corpora
 import study
@@ -49,7 +51,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture
 def model(sentence):
-    return systems.Model(str(sentence), "cpu")
+    return systems.Model.load(str(sentence), "cpu")
 
 
 def flags(sentence, texts, output, *more):
@@ -117,6 +119,14 @@ def test_parts_are_even_and_hold_each_token_once():
     parts = systems.even(ids, 510)
     assert [len(part) for part in parts] == [340, 341, 341] and [*chain(*parts)] == ids
     assert systems.even(ids[:510], 510) == [ids[:510]] and systems.first(ids, 510) == [ids[:510]]
+
+
+def test_bm25_scores_words_and_none_where_there_are_none():
+    corpus = corpora.Corpus(["the red house", "the blue house", "a green door"], ["blue house", "?"], [[1], [2]])
+    (row,) = systems.Study(None, 1024, corpus, 512).run(systems.Reader("BM25", "BM25", "bm25"))
+    assert row.metrics["recall@1"] == [1, 0] and row.vectors == 0
+    # A score is 4 bytes and its document's number another 4: 2 words of 3 texts each and "the" twice, "house" too.
+    assert row.index_bytes * 3 > 8 * 8
 
 
 def test_measures():
@@ -221,3 +231,32 @@ def test_what_cannot_be_is_one_line(more, message, sentence, texts, tmp_path, ca
     assert study.main(flags(sentence, texts, tmp_path, *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1, error
+
+
+def adapted(sentence, texts, target, *more):
+    """The losses of an adaptation."""
+    names = ["--model", sentence, "--corpus", texts, "--max_seq_length", LENGTH, "--output_dir", target, "--use_cpu"]
+    names += ["--per_device_train_batch_size", "3", "--logging_steps", "1", "--save_strategy", "no", "--do_train"]
+    assert adapt.main([*map(str, names), "--disable_tqdm", "true", *more]) == 0
+    log = json.loads((target / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.mark.full
+def test_adaptation_learns_to_find_a_document_by_its_passages(sentence, texts, tmp_path):
+    losses = adapted(sentence, texts, tmp_path, "--max_steps", "16", "--learning_rate", "0.003")
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
+    again = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert again.max_seq_length == LENGTH
+
+
+def test_positions_are_adapted_alone_and_measured_on_other_documents(sentence, texts, tmp_path):
+    more = ["--train", "positions", "--max_steps", "1", "--learning_rate", "0.01", "--do_predict"]
+    adapted(sentence, texts, tmp_path, *more)
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "models" / "tile-700", tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"embeddings.position_embeddings.weight"}
+    text = (tmp_path / "results.md").read_text()
+    assert "3 documents, 6 queries" in text
+    for name in ("source, best chunk of 512", "LSG, one vector", "adapted LSG, one vector"):
+        assert text.count(f"| {name} |") == 2

@@ -8,6 +8,7 @@ import ast
 import io
 import json
 import random
+import re
 import sys
 import sysconfig
 import tokenize
@@ -28,6 +29,7 @@ from make_data import LEFT_OUT
 BUILT_IN = "built-in"
 LONGEMBED, LONGEMBED_NAME = "dwzhu/LongEmbed", "longembed/"
 PASSAGE, BEYOND, DROPPED = 60, 600, 1 / 3  # tokens, tokens, a share of the words
+MIN_WORDS, TRIES = 15, 20
 PIECES = 4  # at most so many documents from one file, so that no long one is most of the corpus
 
 
@@ -97,15 +99,20 @@ class Spans:
         return self.text[self.offsets[begin][0] : self.offsets[min(end, len(self)) - 1][1]] if len(self) else ""
 
 
-def passage(spans: Spans, length: int, draw: random.Random) -> str:
-    """A query from the first `length` tokens of a document."""
-    start = draw.randrange(min(BEYOND, length - PASSAGE), length - PASSAGE + 1)
-    words = spans.part(start, start + PASSAGE).split()
+def passage(spans: Spans, length: int, draw: random.Random, begin: int = BEYOND) -> str:
+    """A query from tokens `begin` to `length` of a document; if need be from another place, so that it holds words."""
+    for _ in range(TRIES):
+        start = draw.randrange(min(begin, length - PASSAGE), length - PASSAGE + 1)
+        words = spans.part(start, start + PASSAGE).split()
+        if len(re.findall(r"[^\W\d_]{3,}", " ".join(words))) >= MIN_WORDS:
+            break
     kept = sorted(draw.sample(range(len(words)), len(words) - int(len(words) * DROPPED)))
     return " ".join(words[place] for place in kept)
 
 
-def with_passages(texts: Iterable[str], tokenizer: Any, length: int, count: int, per_document: int) -> Corpus:
+def with_passages(
+    texts: Iterable[str], tokenizer: Any, length: int, count: int, per_document: int, begin: int = BEYOND
+) -> Corpus:
     """Documents of `length` tokens, each with passages of its own as queries.
 
     They come from texts drawn at random, several from a long one: a query's document has neighbours that are near it.
@@ -118,8 +125,8 @@ def with_passages(texts: Iterable[str], tokenizer: Any, length: int, count: int,
         whole = Spans(text, tokenizer)
         for n in range(min(len(whole) // length, PIECES, count - len(corpus.documents))):
             document = Spans(whole.part(n * length, (n + 1) * length), tokenizer)
-            for _ in range(per_document if length >= BEYOND + PASSAGE else 0):
-                corpus.queries.append(passage(document, min(len(document), length), draw))
+            for _ in range(per_document if length >= begin + PASSAGE else 0):
+                corpus.queries.append(passage(document, min(len(document), length), draw, begin))
                 corpus.relevant.append([len(corpus.documents)])
             corpus.documents.append(document.text)
     return corpus

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str]) -> None:
                 f"--lengths, --chunk_lengths: got {length} and {max(options.chunk_lengths)}; "
                 f"the source reads {limit} tokens: give lengths above, and chunks up to it"
             )
-        model = systems.Model(str(folder), "cpu")
+        model = systems.Model.load(str(folder), "cpu")
         room = length - model.extra("document")
         corpus = corpora.load(options.corpus, model.tokenizer, room, options.documents, options.queries)
         studies.append(Study(options, length, corpus, limit))
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str]) -> None:
     results: list[tuple[bool, Result]] = []
     for first, study, reader in sorted(jobs, key=lambda job: not job[0]):
         results += [(first, row) for row in measured(study, reader)]
-    device = options.device or systems.Model(options.model, None).device.type
+    device = options.device or systems.Model.load(options.model, None).device.type
     host = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Transformers {transformers.__version__}"
     text = tables.report(studies, results, f"best chunk of {options.chunk_lengths[0]}", f"{host}; {versions}")

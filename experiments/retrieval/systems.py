@@ -15,6 +15,7 @@ from time import perf_counter, process_time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,19 +73,13 @@ class Result:
 class Model:
     """A sentence model that gives the vector of a text, and the states of its tokens."""
 
-    def __init__(self, name: str, device: str | None, **fields: Any) -> None:
-        library = common.need("sentence_transformers")
+    def __init__(self, model: Any) -> None:
+        """`model` is a SentenceTransformer. Raises OptionError where it has no pooling."""
         pooling = common.need("sentence_transformers.sentence_transformer.modules").Pooling
-        lsg = (Path(name) / FILE_NAME).is_file()
-        try:
-            self.model = library.SentenceTransformer(
-                name, device=device, trust_remote_code=lsg, config_kwargs=fields or None
-            )
-        except common.FAULTS as error:
-            raise common.OptionError(f"--model: {name!r}: {common.first_line(error)}") from error
+        self.model = model
         kinds = [isinstance(module, pooling) for module in self.model]
         if kinds.count(True) != 1:
-            raise common.OptionError(f"--model: {name!r} has no pooling; give a sentence model that has one vector")
+            raise common.OptionError("--model: it has no pooling; give a sentence model that has one vector")
         self.behind = list(self.model)[kinds.index(True) + 1 :]
         self.tokenizer = self.model.tokenizer
         self.device = self.model.device
@@ -95,6 +90,18 @@ class Model:
         first, last = self.words("a"), self.tokenizer("a", verbose=False)["input_ids"]
         place = last.index(first[0])
         self.front, self.back = last[:place], last[place + len(first) :]
+
+    @classmethod
+    def load(cls, name: str, device: str | None, **fields: Any) -> "Model":
+        """From a folder or the Hub; where this package wrote it, with its code and these LSG fields."""
+        library = common.need("sentence_transformers")
+        lsg = (Path(name) / FILE_NAME).is_file()
+        try:
+            return cls(
+                library.SentenceTransformer(name, device=device, trust_remote_code=lsg, config_kwargs=fields or None)
+            )
+        except common.FAULTS as error:
+            raise common.OptionError(f"--model: {name!r}: {common.first_line(error)}") from error
 
     def words(self, text: str) -> list[int]:
         """The token ids of a text, without special ones."""
@@ -166,10 +173,10 @@ class Study:
 
     def model(self, reader: Reader) -> Model:
         if reader.kind in ("truncation", "chunks"):
-            return Model(self.options.model, self.options.device)
+            return Model.load(self.options.model, self.options.device)
         fields = dict(reader.fields)
         folder = converted(self.options, fields.pop(POSITION_INIT), self.length)
-        return Model(str(folder), self.options.device, **fields)
+        return Model.load(str(folder), self.options.device, **fields)
 
     def run(self, reader: Reader) -> list[Result]:
         """All systems of a reader."""
@@ -191,7 +198,10 @@ class Study:
         start = process_time()
         found = index()
         seconds = process_time() - start
-        scores = torch.stack([torch.tensor(found.get_scores(query)) for query in tokens(self.corpus.queries)])
+        none = np.zeros(len(self.corpus.documents), np.float32)  # of a query without words
+        scores = torch.tensor(
+            np.stack([found.get_scores(query) if query else none for query in tokens(self.corpus.queries)])
+        )
         size = sum(found.scores[name].nbytes for name in ("data", "indices", "indptr"))
         size += sum(len(word.encode()) for word in found.vocab_dict)
         yield self.result(reader, "no vectors", scores, seconds, growth(index, "cpu"), 0, size)
