@@ -121,8 +121,7 @@ def main(flags: Sequence[str]) -> None:
             adapted = Reader("adapted LSG", "adapted LSG", "lsg", before[-1].fields, tokens=True)
             results += Adapted(plan, length, test, limit, model).run(adapted)
     if results:
-        reference = f"best chunk of {plan.chunk_lengths[0]}"
-        text = tables.report([study], [(True, row) for row in results], reference, device)
+        text = tables.report([study], [(True, row) for row in results], plan.chunk_lengths[0], device)
         (Path(training.output_dir) / "results.md").write_text(text)
         print(text, end="")
 

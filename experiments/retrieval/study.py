@@ -173,7 +173,7 @@ def main(arguments: Sequence[str]) -> None:
     device = options.device or systems.Model.load(options.model, None).device.type
     host = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Transformers {transformers.__version__}"
-    text = tables.report(studies, results, f"best chunk of {options.chunk_lengths[0]}", f"{host}; {versions}")
+    text = tables.report(studies, results, options.chunk_lengths[0], f"{host}; {versions}")
     (Path(options.output) / "results.md").write_text(text)
     print(text, end="")
     tables.draw(Path(options.figure or Path(options.output) / "study.png"), studies, results)

@@ -58,21 +58,19 @@ def name(row: Result) -> str:
     return f"{row.title}, {row.system}" if row.vectors else row.title
 
 
-def report(studies: list[Study], results: list[tuple[bool, Result]], reference: str, machine: str) -> str:
-    """Tables of quality and of cost for each length, and one of the LSG settings."""
+def report(studies: list[Study], results: list[tuple[bool, Result]], chunk: int, machine: str) -> str:
+    """Tables of quality and of cost for each length, and one of the LSG settings. Systems are compared with what the
+    source makes of chunks of `chunk` tokens, their mean and the best of them."""
     parts = [f"Measured on {machine}."]
     for study in studies:
         own = [row for _, row in results if row.length == study.length]
         main = [row for first, row in results if first and row.length == study.length]
         weights = draws(study.corpus.relevant)
-        compared = next((row for row in main if row.system == reference), None)
-        heads = [*METRICS, f"nDCG@10, less {reference}"] if compared else [*METRICS]
-        rows = [["system", *heads]]
+        compared = [row for row in main if row.system in (f"mean of chunks of {chunk}", f"best chunk of {chunk}")]
+        rows = [["system", *METRICS, *(f"nDCG@10, less {row.system}" for row in compared)]]
         for row in main:
             cells = [with_interval(row.metrics[metric], weights) for metric in METRICS]
-            if compared:
-                cells.append(less(row, compared, weights))
-            rows.append([name(row), *cells])
+            rows.append([name(row), *cells, *(less(row, other, weights) for other in compared)])
         counts = f"{len(study.corpus.documents)} documents, {len(study.corpus.queries)} queries"
         parts.append(f"## {study.length:,} tokens\n\n{counts}; in brackets, {LEVEL:.0%} intervals.")
         parts.append(table(rows, 1))
