@@ -3,7 +3,6 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from systems import METRICS, Result, Study
@@ -18,6 +17,7 @@ STYLES: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "first 512 tokens": ("#999999", "v", (3, 2)),
     "mean of chunks": ("#E69F00", "o", (6, 2)),
     "best chunk": ("#D55E00", "s", (2, 1)),
+    "source, tokens": ("#CC79A7", "^", (1, 1)),
     "full attention, one vector": ("#56B4E9", "D", (12, 1, 2, 1)),
     "LSG, one vector": ("#0072B2", "o", ()),
     "LSG, late chunks": ("#000000", "s", ()),
@@ -105,46 +105,55 @@ def line_of(row: Result) -> str | None:
 
 
 def draw(path: Path, studies: list[Study], results: list[tuple[bool, Result]]) -> None:
-    """Quality against length, and against the size of the index at the greatest length."""
+    """Quality against length, and against the size of the index at the greatest length, where systems of one kind that
+    differ in the length of their chunks are joined."""
     if find_spec("matplotlib") is None:
         print('no picture: matplotlib is missing; pip install ".[figures]" brings it', file=sys.stderr)
         return
     from matplotlib.figure import Figure
 
-    lines: dict[str, dict[int, Result]] = {}
+    lengths = sorted(study.length for study in studies)
+    weights = {study.length: draws(study.corpus.relevant) for study in studies}
+    lines: dict[str, dict[int, list[Result]]] = {}
     for first, row in results:
         line = line_of(row) if first else None
-        if line and row.length not in lines.setdefault(line, {}):  # of several sizes, that of the first chunk length
-            lines[line][row.length] = row
-    weights = {study.length: draws(study.corpus.relevant) for study in studies}
+        if line:
+            lines.setdefault(line, {}).setdefault(row.length, []).append(row)
+
     figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    lengths = sorted(weights)
     for place, (line, found) in enumerate((line, lines[line]) for line in STYLES if line in lines):
         color, marker, dashes = STYLES[line]
-        style: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "markerfacecolor": color if line.startswith("LSG") else "white",
-        }
-        means = [float(np.mean(found[length].metrics["nDCG@10"])) for length in lengths]
-        ends = np.array([interval(found[length].metrics["nDCG@10"], weights[length]) for length in lengths])
-        bars = np.abs(ends.T - means)
         shifted = [length * 1.02 ** (place - len(lines) / 2) for length in lengths]  # so that bars do not overlap
-        bar = left.errorbar(shifted, means, yerr=bars, label=line, capsize=2, elinewidth=0.8, **style)
-        bar.lines[0].set_dashes(dashes)
-        last = found[lengths[-1]]
-        right.errorbar([last.index_bytes / 1024], means[-1:], yerr=bars[:, -1:], capsize=2, elinewidth=0.8, **style)
+        of_first_chunks = [found[length][0] for length in lengths]
+        sizes = [row.index_bytes / 1024 for row in found[lengths[-1]]]
+        for axes, x, rows in ((left, shifted, of_first_chunks), (right, sizes, found[lengths[-1]])):
+            means = [float(np.mean(row.metrics["nDCG@10"])) for row in rows]
+            ends = np.array([interval(row.metrics["nDCG@10"], weights[row.length]) for row in rows])
+            bar = axes.errorbar(
+                x,
+                means,
+                yerr=np.abs(ends.T - means),
+                label=name(of_first_chunks[0]),
+                color=color,
+                marker=marker,
+                markerfacecolor=color if line.startswith("LSG") else "white",
+                capsize=2,
+                elinewidth=0.8,
+            )
+            bar.lines[0].set_dashes(dashes)
     left.set_xscale("log", base=2)
     left.set_xticks(lengths, [f"{length:,}" for length in lengths])
     left.set_xlabel("tokens of a document")
     left.set_ylabel("nDCG@10")
     right.set_xscale("log")
     right.xaxis.set_major_formatter("{x:g}")
-    right.set_xlabel(f"KiB in the index for a document of {lengths[-1]:,} tokens")
+    right.set_xlabel(f"KiB in the index for {lengths[-1]:,} tokens")
     for axes in (left, right):
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, handlelength=3.5)
+    figure.legend(
+        handles=left.get_legend_handles_labels()[0], loc="outside right center", frameon=False, handlelength=3.5
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
