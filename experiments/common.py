@@ -33,6 +33,8 @@ FAULTS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 def flag(text: str, default: Any = None) -> Any:
     """A field of a dataclass of flags."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -116,12 +118,19 @@ class Parser(HfArgumentParser):
         raise OptionError(f"{message}; --help lists the flags")
 
 
-def parse(kinds: Sequence[Any], flags: Sequence[str]) -> tuple[Any, ...]:
+def parse_flags(kinds: Sequence[Any], flags: Sequence[str]) -> tuple[Any, ...]:
     """Instances of the dataclasses. Raises OptionError for a wrong flag or value."""
+    parser = Parser(kinds, allow_abbrev=False)
     try:
-        parsed = Parser(kinds, allow_abbrev=False).parse_args_into_dataclasses(list(flags), look_for_args_file=False)
+        parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
     except (*FAULTS, ImportError) as error:
         raise OptionError(f"{first_line(error)}; --help lists the flags") from error
+    return parsed
+
+
+def parse(kinds: Sequence[Any], flags: Sequence[str]) -> tuple[Any, ...]:
+    """As `parse_flags`, for a script on `Trainer`, whose arguments are among them."""
+    parsed = parse_flags(kinds, flags)
     training = next(item for item in parsed if isinstance(item, TrainingArguments))
     if not (training.do_train or training.do_eval or training.do_predict):
         raise OptionError("nothing to do; give --do_train, --do_eval or --do_predict")

@@ -1,0 +1,195 @@
+"""The corpora of `study.py`: documents, queries, and which documents answer which query.
+
+A passage query is made as follows: 60 tokens from beyond token 600 of a document, of which a third of the words are
+dropped. Only a reader of the whole document has seen it, and it is in no index word for word.
+"""
+
+import ast
+import io
+import json
+import random
+import re
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import common
+from make_data import LEFT_OUT
+
+
+BUILT_IN = "built-in"
+LONGEMBED, LONGEMBED_NAME = "dwzhu/LongEmbed", "longembed/"
+PASSAGE, BEYOND, DROPPED = 60, 600, 1 / 3  # tokens, tokens, a share of the words
+MIN_WORDS, TRIES = 15, 20
+PIECES = 4  # at most so many documents from one file, so that no long one is most of the corpus
+
+
+@dataclass
+class Corpus:
+    """Texts, and for each query the places of the documents that answer it."""
+
+    documents: list[str]
+    queries: list[str]
+    relevant: list[list[int]]
+
+
+def prose(source: str) -> list[str]:
+    """The documentation strings and comments of a file of Python, in their order; those of five words or more."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            found += [(node.body[0].lineno, text)] if text else []
+    block: list[str] = []
+    last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):  # and not behind code
+            if token.start[0] != last + 1:
+                found += [(last, "\n".join(block))]
+                block = []
+            block.append(token.string.lstrip("#!: ").rstrip())
+            last = token.start[0]
+    found += [(last, "\n".join(block))]
+    return [text for _, text in sorted(found) if len(text.split()) >= 5]
+
+
+@cache
+def built_in() -> tuple[str, ...]:
+    """What the files of Python's library, of torch and of numpy say of themselves; no paragraph stands in two."""
+    packages = [find_spec(name) for name in ("numpy", "torch")]
+    folders = [Path(sysconfig.get_paths()["stdlib"])]
+    folders += [Path(place) for spec in packages if spec for place in spec.submodule_search_locations or ()]
+    seen: set[str] = set()
+    texts: list[str] = []
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            if LEFT_OUT & {*path.relative_to(folder).parts} or "tests" in path.parts:
+                continue
+            try:
+                parts = prose(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
+                continue
+            new = [part for part in dict.fromkeys(parts) if part not in seen]
+            seen.update(new)
+            texts.append("\n\n".join(new))
+    return tuple(texts)
+
+
+class Spans:
+    """A text, and where its tokens stand in it."""
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        self.text, self.offsets = text, [(start, end) for start, end in encoded["offset_mapping"] if start < end]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def part(self, begin: int, end: int) -> str:
+        """The text from token `begin` up to token `end`."""
+        return self.text[self.offsets[begin][0] : self.offsets[min(end, len(self)) - 1][1]] if len(self) else ""
+
+
+def passage(spans: Spans, length: int, draw: random.Random, begin: int = BEYOND) -> str:
+    """A query from tokens `begin` to `length` of a document; if need be from another place, so that it holds words."""
+    for _ in range(TRIES):
+        start = draw.randrange(min(begin, length - PASSAGE), length - PASSAGE + 1)
+        words = spans.part(start, start + PASSAGE).split()
+        if len(re.findall(r"[^\W\d_]{3,}", " ".join(words))) >= MIN_WORDS:
+            break
+    kept = sorted(draw.sample(range(len(words)), len(words) - int(len(words) * DROPPED)))
+    return " ".join(words[place] for place in kept)
+
+
+def with_passages(
+    texts: Iterable[str], tokenizer: Any, length: int, count: int, per_document: int, begin: int = BEYOND
+) -> Corpus:
+    """Documents of `length` tokens, each with passages of its own as queries.
+
+    They come from texts drawn at random, several from a long one: a query's document has neighbours that are near it.
+    """
+    draw = random.Random(0)
+    drawn = list(texts)
+    draw.shuffle(drawn)
+    corpus = Corpus([], [], [])
+    for text in drawn:
+        whole = Spans(text, tokenizer)
+        for n in range(min(len(whole) // length, PIECES, count - len(corpus.documents))):
+            document = Spans(whole.part(n * length, (n + 1) * length), tokenizer)
+            for _ in range(per_document if length >= begin + PASSAGE else 0):
+                corpus.queries.append(passage(document, min(len(document), length), draw, begin))
+                corpus.relevant.append([len(corpus.documents)])
+            corpus.documents.append(document.text)
+    return corpus
+
+
+def with_queries(
+    documents: dict[str, str], queries: dict[str, str], relevant: dict[str, list[str]], tokenizer: Any, length: int
+) -> Corpus:
+    """A corpus that has queries of its own; documents are cut at `length` tokens."""
+    place = {name: number for number, name in enumerate(documents)}
+    answers = {name: [place[item] for item in relevant.get(name, ()) if item in place] for name in queries}
+    answers = {name: found for name, found in answers.items() if found}
+    texts = [Spans(text, tokenizer).part(0, length) for text in documents.values()]
+    return Corpus(texts, [queries[name] for name in answers], list(answers.values()))
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise common.OptionError(f"--corpus: {str(path)!r}: {common.first_line(error)}") from error
+    kinds = {"text" if "text" in row else "pair" if {"query", "document"} <= row.keys() else "" for row in rows}
+    if len(kinds) != 1 or "" in kinds:
+        raise common.OptionError(
+            f"--corpus: {str(path)!r}: got rows of other columns; give in each line a text, or a query and a document"
+        )
+    return rows
+
+
+def longembed(task: str) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
+    """A task of LongEmbed, from the Hub: documents, queries, and what answers them."""
+    datasets = common.need("datasets")
+    try:
+        parts = datasets.load_dataset(LONGEMBED, task)
+    except (*common.FAULTS, datasets.exceptions.DatasetsError) as error:
+        raise common.OptionError(f"--corpus: {LONGEMBED_NAME}{task}: {common.first_line(error)}") from error
+    relevant: dict[str, list[str]] = {}
+    for row in parts["qrels"]:
+        relevant.setdefault(row["qid"], []).append(row["doc_id"])
+    documents = {row["doc_id"]: row["text"] for row in parts["corpus"]}
+    return documents, {row["qid"]: row["text"] for row in parts["queries"]}, relevant
+
+
+def load(name: str, tokenizer: Any, length: int, count: int, per_document: int) -> Corpus:
+    """The corpus of that name, cut at `length` tokens. Raises OptionError where there is none, or it has no query."""
+    if name.startswith(LONGEMBED_NAME):
+        corpus = with_queries(*longembed(name.removeprefix(LONGEMBED_NAME)), tokenizer, length)
+    elif name == BUILT_IN:
+        corpus = with_passages(built_in(), tokenizer, length, count, per_document)
+    elif not Path(name).is_file():
+        raise common.OptionError(
+            f"--corpus: got {name!r}; give {BUILT_IN}, a .jsonl file, or {LONGEMBED_NAME} and a task, such as "
+            f"{LONGEMBED_NAME}narrativeqa"
+        )
+    elif "text" in (rows := read_file(Path(name)))[0]:
+        corpus = with_passages((row["text"] for row in rows), tokenizer, length, count, per_document)
+    else:
+        texts = list(dict.fromkeys(row["document"] for row in rows))[:count]
+        queries = {str(number): row["query"] for number, row in enumerate(rows)}
+        relevant = {str(number): [row["document"]] for number, row in enumerate(rows)}
+        corpus = with_queries({text: text for text in texts}, queries, relevant, tokenizer, length)
+    if not corpus.queries:
+        raise common.OptionError(
+            f"--corpus: {name!r} gives no query at {length} tokens; give other --lengths, above {BEYOND + PASSAGE}"
+        )
+    return corpus
