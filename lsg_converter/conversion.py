@@ -212,12 +212,12 @@ def lsg_config(source: Source) -> Any:
 
 def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tables that a conversion changes, by name, made from those of `model`, the loaded source."""
-    options, base_class, state = source.options, source.family.base_class, model.state_dict()
+    options, base_class, state = source.options, source.family.base_class, source.tables(model)
     special, length = source.special_positions, options.max_sequence_length
     names = [name for table in base_class.position_tables if (name := source.prefix + table) in state]
     if base_class.sinusoidal_positions:
-        width, dtype = state[names[0]].shape[1], state[names[0]].dtype
-        tables = {name: surgery.sinusoidal_positions(length, width, dtype) for name in names}
+        written = [name for name in names if name in model.state_dict()]
+        tables = {name: surgery.sinusoidal_positions(length, state[name]) for name in written}
     else:
         lengthen = surgery.longer_positions if options.position_init == "tile" else surgery.stretched_positions
         tables = {name: lengthen(state[name], length, special) for name in names}

@@ -110,7 +110,8 @@ class Source:
                 f"--initial_model: config.json of {name!r}: {first_line(error.__cause__ or error)}; correct it"
             ) from error
         base_class = self.family.base_class
-        check_padding(name, self.config, needed=getattr(base_class, "positions_follow_padding", False))
+        reader = getattr(base_class, "lsg_part_class", base_class)
+        check_padding(name, self.config, needed=reader.positions_follow_padding)
         if self.config.max_position_embeddings <= base_class.counted_positions(self.config):
             raise SourceError(
                 f"--initial_model: config.json of {name!r}: max_position_embeddings is "
@@ -232,10 +233,16 @@ class Source:
         )
 
     def token_type(self, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The embedding of token type 0, or None where the global rows do not include it."""
-        if not (self.options.use_token_ids and self.family.base_class.global_token_type):
-            return None
-        return state[f"{self.prefix}embeddings.token_type_embeddings.weight"][0]
+        """The embedding of token type 0, and of what else a family has types of; None where global rows have none."""
+        base_class = self.family.base_class
+        names = ["token_type"] if self.options.use_token_ids and base_class.global_token_type else []
+        tables = [f"{self.prefix}embeddings.{name}_embeddings.weight" for name in (*names, *base_class.global_types)]
+        rows = [state[table][0].float() for table in tables if table in state]
+        return torch.stack(rows).sum(dim=0) if rows else None
+
+    def tables(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The weights of a model, and the tables that it computes, which no file holds."""
+        return {**dict(model.named_buffers()), **model.state_dict()}
 
 
 def locate(options: ConversionOptions) -> tuple[Path, str | None]:

@@ -101,7 +101,8 @@ class LSGReader(LSGPreTrained):
         lsg_modules: which mixin goes over which stock module: the name of its class, without the family's in front.
         position_offset: rows of a position table before that of the first token, which
             `config.max_position_embeddings` does not count.
-        positions_follow_padding: whether those rows are instead all up to the padding id's, and counted.
+        positions_follow_padding: whether those rows are all up to the padding id's, and only tokens that are no padding
+            have positions.
         replacements: stock classes of modules, and the LSG class of each.
     """
 
@@ -155,7 +156,7 @@ class LSGReader(LSGPreTrained):
     @classmethod
     def counted_positions(cls, config: Any) -> int:
         """How many of them `config.max_position_embeddings` counts."""
-        return cls.special_positions(config) if cls.positions_follow_padding else 0
+        return cls.special_positions(config) - cls.position_offset
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
@@ -353,7 +354,11 @@ def _with_places(probabilities: torch.Tensor, places: torch.Tensor) -> torch.Ten
 class LSGModel(LSGReader):
     """Mixed into the base model of a BERT-like family.
 
-    `global_token_type` says whether the global tokens carry token type 0.
+    Attributes:
+        global_token_type: whether the global tokens carry token type 0.
+        global_types: of what other tables, such as `task_type_embeddings`, they carry the first row, where the model
+            has them; without `_embeddings`.
+        required_inputs: arguments by row, of zeros, that a text must come with.
     """
 
     lsg_modules = {
@@ -365,4 +370,6 @@ class LSGModel(LSGReader):
     position_tables: ClassVar[tuple[str, ...]] = ("embeddings.position_embeddings.weight",)
     global_table: ClassVar[str] = "embeddings.global_embeddings.weight"
     global_token_type: ClassVar[bool] = False
+    global_types: ClassVar[tuple[str, ...]] = ()
+    required_inputs: ClassVar[tuple[str, ...]] = ()
     sinusoidal_positions: ClassVar[bool] = False
