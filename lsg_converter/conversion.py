@@ -75,7 +75,7 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
             model.generation_config = original.generation_config
         announce("writing")
         with writing(options):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, save_original_format=False)  # which gives ESM's weights old names
             if source.tokenizer is not None:
                 write_tokenizer(source.tokenizer, source, folder)
             write_companions(source, folder)
@@ -117,7 +117,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
             f"--max_sequence_length: got {length}, for which the positions alone would take "
             f"{4 * tables * length * width:,} bytes in float32; give at most {MAX_SEQUENCE_LENGTH}"
         )
-    if base_class.sinusoidal_positions:
+    if base_class.sinusoidal_positions or getattr(config, "position_embedding_type", None) == "rotary":
         if options.position_init == "interpolate":
             raise OptionError(
                 f"--position_init: got 'interpolate'; {source.family.model_type} computes its positions: leave it out"
@@ -222,9 +222,9 @@ def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tenso
         lengthen = surgery.longer_positions if options.position_init == "tile" else surgery.stretched_positions
         tables = {name: lengthen(state[name], length, special) for name in names}
     global_name = source.prefix + base_class.global_table
-    if source.prefix + base_class.position_tables[0] in state and not options.resize_lsg:
+    if (positions := source.global_positions(model)) is not None and not options.resize_lsg:
         table = surgery.global_embeddings(
-            state[names[0]][special:],
+            positions,
             source.global_words(model),
             source.token_type(state),
             options.global_positional_stride,

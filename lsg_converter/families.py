@@ -19,7 +19,6 @@ from .options import OptionError, SourceError
 MODELING = Path(__file__).parent / "modeling"
 _PREFIX = "modeling_lsg_"
 _SPARSE = "it has a sparse attention of its own, for long texts"
-_ROTARY = "its positions are rotary"
 _PAIRS = "its attention has a bias for each pair of tokens by their boxes, and it reads an image"
 # Why a family that one may ask for has no file.
 REFUSED = {
@@ -34,11 +33,10 @@ REFUSED = {
     "lilt": "the scores of its two streams, of words and of boxes, are added",
     "luke": "it reads entities beside the words, with a query for each kind of pair",
     "mobilebert": "its values are made of other states than its queries and keys",
-    "modernbert": f"{_ROTARY}, and it reads long texts as it is",
+    "modernbert": "it reads long texts as it is, by local attention and rotary positions",
     "nllb-moe": "which experts read a token depends on the other tokens of the batch",
-    "nomic_bert": _ROTARY,
     "nystromformer": "its attention is approximated by landmarks",
-    "roformer": _ROTARY,
+    "roformer": "its rotary positions are counted in its stack of layers, where rows lie end to end",
     "squeezebert": "its projections are convolutions",
     "tapas": "its positions begin anew in each cell of a table",
     "xlnet": "its positions are relative, and its attention has two streams",

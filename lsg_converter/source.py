@@ -240,6 +240,19 @@ class Source:
         rows = [state[table][0].float() for table in tables if table in state]
         return torch.stack(rows).sum(dim=0) if rows else None
 
+    def global_positions(self, model: PreTrainedModel) -> torch.Tensor | None:
+        """The trained rows of positions from which global tokens start, (positions, width): a zero where the family has
+        no table of them. None where the model has no part that has LSG."""
+        base_class, tables = self.family.base_class, self.tables(model)
+        holder = self.prefix + base_class.global_table.removesuffix("global_embeddings.weight")
+        if not any(name.startswith(holder) for name in tables):
+            return None
+        table = tables.get(self.prefix + base_class.position_tables[0])
+        if table is None:
+            words: Any = model.get_input_embeddings()
+            return torch.zeros_like(words.weight[:1])
+        return table[self.special_positions :]
+
     def tables(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The weights of a model, and the tables that it computes, which no file holds."""
         return {**dict(model.named_buffers()), **model.state_dict()}

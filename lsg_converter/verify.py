@@ -174,7 +174,8 @@ def global_table(source: Source, original: PreTrainedModel, written: Written) ->
     """Each row is the source's, or the sum of a position (found by counting), a word and, where used, a token type."""
     base_class, state, options = source.family.base_class, source.tables(original), source.options
     name = source.prefix + base_class.global_table
-    if source.prefix + base_class.position_tables[0] not in state:
+    positions = source.global_positions(original)
+    if positions is None:
         return
     table = written[name]
     require(bool(table.isfinite().all()), "a global token is not finite")
@@ -184,7 +185,6 @@ def global_table(source: Source, original: PreTrainedModel, written: Written) ->
         yield Check("global tokens equal the source's to the bit", f"{kept} rows")
     if kept == MAX_GLOBAL_TOKENS:
         return
-    positions = state[source.prefix + base_class.position_tables[0]][source.special_positions :]
     words, token_type = source.global_words(original), source.token_type(state)
     step = max(len(positions) // MAX_GLOBAL_TOKENS, 1)
     stride = max(options.global_positional_stride // step, 1)
@@ -198,6 +198,8 @@ def global_table(source: Source, original: PreTrainedModel, written: Written) ->
         correct = same_bits(table[row], expected.to(positions.dtype))
         require(correct, f"row {row} of the global tokens is not as it should be")
     parts = "position + word" + ("" if token_type is None else " + token type")
+    if source.prefix + base_class.position_tables[0] not in state:
+        parts = "word"
     yield Check(f"global tokens are {parts}, to the bit", f"{len(table) - kept} rows")
 
 
@@ -224,9 +226,12 @@ def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
 
 
 def random_text(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
-    """The same without padding: RoBERTa-like models count positions by ids."""
+    """The same without padding, by which RoBERTa-like models count positions, and without the token that masks, which
+    ESM counts in what is padding too."""
     ids = random_ids(model, rows, tokens)
-    ids[ids == model.config.pad_token_id] += 1
+    for token in (getattr(model.config, "mask_token_id", None), model.config.pad_token_id):
+        if token is not None:
+            ids[ids == token] = (token + 1) % model.config.vocab_size
     return ids
 
 

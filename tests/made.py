@@ -17,6 +17,11 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "blenderbot_small": ("bart", "BlenderbotSmallForConditionalGeneration", {}),
     "data2vec_text": ("roberta", "Data2VecTextForMaskedLM", {}),
     "ernie": ("bert", "ErnieForPreTraining", {"use_task_id": True}),
+    "esm": (
+        "roberta",
+        "EsmForMaskedLM",
+        {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
+    ),
     "layoutlm": ("bert", "LayoutLMForMaskedLM", {}),
     "m2m_100": ("bart", "M2M100ForConditionalGeneration", {"scale_embedding": True}),
     "marian": ("pegasus", "MarianMTModel", {}),

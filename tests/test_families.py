@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN, Made, run_command
 from made import LIKE
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, EsmForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lsg_converter import ConversionOptions, convert, families
@@ -55,7 +55,7 @@ def test_a_refusal_says_why(tmp_path):
     shutil.copytree(GOLDEN / "bert" / "source", tmp_path / "source")
     content = json.loads((tmp_path / "source" / "config.json").read_text())
     (tmp_path / "source" / "config.json").write_text(json.dumps({**content, "model_type": "roformer"}))
-    with pytest.raises(SourceError, match="'roformer' cannot be converted, for its positions are rotary; give a model"):
+    with pytest.raises(SourceError, match=r"'roformer' cannot be converted, for its rotary .*; give a model of one of"):
         convert(ConversionOptions(initial_model=str(tmp_path / "source"), model_name=str(tmp_path / "lsg")))
 
 
@@ -101,6 +101,38 @@ def test_a_global_token_is_a_first_token(name, types, tmp_path):
     states = model.embeddings(input_ids=ids_of(1, 3), **inputs)
     table = model.embeddings.global_embeddings.weight[:2]
     close(states[0, :2], getattr(model.embeddings, "LayerNorm", torch.nn.Identity())(table))
+
+
+# ESM: positions and masked tokens
+
+
+@pytest.mark.parametrize("kind", ["absolute", "rotary"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_learned_and_rotary_positions(kind, normed, tmp_path):
+    """ESM-1b and ESM-2. Tokens that are masked are counted among the text alone."""
+    config = AutoConfig.from_pretrained(Made("esm", tmp_path).source)
+    config.position_embedding_type, config.emb_layer_norm_before = kind, normed
+    torch.manual_seed(0)
+    stock = EsmForMaskedLM(config).double().eval()
+    stock.save_pretrained(tmp_path / "stock")
+    assert run_command(tmp_path / "stock", tmp_path / "lsg", "--max_sequence_length", "1000", "--quiet") == 0
+    model = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True, dtype=torch.float64, **SMALL).eval()
+    table = model.global_embeddings.weight
+    word = stock.esm.embeddings.word_embeddings.weight.mean(0)  # without a tokenizer
+    row = word if kind == "rotary" else word + stock.esm.embeddings.position_embeddings.weight[2]
+    torch.testing.assert_close(table[0], row, rtol=0, atol=1e-6)
+    ids = ids_of(2, 45)
+    ids[:, 3] = ids[0, 5] = config.mask_token_id
+    mask = torch.ones_like(ids)
+    mask[1, 20:], ids[1, 20:] = 0, config.pad_token_id
+    whole = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(model(ids[1:, :20]).last_hidden_state, whole[1:, :20], rtol=0, atol=1e-6)
+    moved = torch.nn.functional.pad(ids[1:, :20], (7, 0), value=config.pad_token_id)
+    left = model(moved, attention_mask=(moved != config.pad_token_id).long()).last_hidden_state
+    torch.testing.assert_close(left[:, 7:], whole[1:, :20], rtol=0, atol=1e-6)
+    model.config.num_global_tokens, model.config.full_attention_length = 0, 1000
+    expected, actual = (each(ids, attention_mask=mask).last_hidden_state for each in (stock.esm, model))
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-6)
 
 
 # X-MOD: languages

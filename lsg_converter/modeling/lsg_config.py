@@ -57,11 +57,13 @@ class LSGConfig:
 
     # Whether `is_decoder` asks for the causal form: in families with a model that is a decoder alone.
     has_causal_form: ClassVar[bool] = False
+    # What `position_embedding_type` may be.
+    position_types: ClassVar[tuple[str, ...]] = ("absolute",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A subclass of a strict configuration is strict only if it is made so again.
         super().__init_subclass__(**kwargs)
-        cls.has_causal_form = hasattr(cls, "add_cross_attention")
+        cls.has_causal_form = vars(cls).get("has_causal_form", hasattr(cls, "add_cross_attention"))
         if issubclass(cls, PreTrainedConfig):
             strict(cls)
 
@@ -115,7 +117,9 @@ class LSGConfig:
                 f"none, or two blocks, {2 * block}, in the causal form: what a token sees must not depend on those "
                 "behind it",
             )
-        require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
+        allowed = " or ".join(map(repr, self.position_types))
+        allowed += ": LSG has no relative positions"
+        require("position_embedding_type", positions in (None, *self.position_types), allowed)
         if self.layout.sparse_block_size:
             chunk = self.layout.chunk_size
             require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")

@@ -32,6 +32,7 @@ from .modeling_lsg_data2vec_text import LSGData2VecTextConfig
 from .modeling_lsg_distilbert import LSGDistilBertConfig
 from .modeling_lsg_electra import LSGElectraConfig
 from .modeling_lsg_ernie import LSGErnieConfig
+from .modeling_lsg_esm import LSGEsmConfig
 from .modeling_lsg_layoutlm import LSGLayoutLMConfig
 from .modeling_lsg_markuplm import LSGMarkupLMConfig
 from .modeling_lsg_roberta import LSGRobertaConfig
@@ -50,6 +51,7 @@ FAMILIES: tuple[Any, ...] = (
     LSGDistilBertConfig,
     LSGElectraConfig,
     LSGErnieConfig,
+    LSGEsmConfig,
     LSGLayoutLMConfig,
     LSGMarkupLMConfig,
     LSGRobertaConfig,

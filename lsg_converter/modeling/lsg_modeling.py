@@ -10,6 +10,8 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs, logging
 
@@ -18,7 +20,7 @@ from .lsg_classes import LSGPreTrained, define_modules, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_generation import CACHE_NAMES, Past, given_cache, prepare_cache
 from .lsg_layout import is_exporting
-from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention
+from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGNamedEncoder, LSGSelfAttention, global_tokens
 from .lsg_packing import Packing, pack_batch, promote
 
 
@@ -71,6 +73,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
                 kernel = "portable"  # The rows of a cache do not lie end to end.
             first_token = self.find_first_token(kwargs)
+            self.embed_text(kwargs, first_token)
             if causal:
                 past = self.read_past(kwargs, tokens, first_token)
                 if kwargs.get("encoder_hidden_states") is not None:
@@ -289,6 +292,9 @@ class LSGReader(LSGPreTrained):
         arguments["attention_mask"] = mask[:, p:]
         return mask[:, :p].to(device=tokens.device, dtype=torch.bool)
 
+    def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
+        """Call the embeddings module, where that must be before the mask is that of the global tokens too."""
+
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings module does not."""
 
@@ -373,3 +379,37 @@ class LSGModel(LSGReader):
     global_types: ClassVar[tuple[str, ...]] = ()
     required_inputs: ClassVar[tuple[str, ...]] = ()
     sinusoidal_positions: ClassVar[bool] = False
+
+
+class LSGEmbeddedModel(LSGModel):
+    """Mixed into the base model of a family whose embeddings see the mask, and for which `inputs_embeds` are what they
+    give, so that the global tokens join outside of them. Its positions may be rotary: then a global token stands at the
+    place of the first token."""
+
+    lsg_modules = {"SelfAttention": LSGSelfAttention, "Encoder": LSGNamedEncoder}
+    global_table = "global_embeddings.weight"
+
+    def add_global_embeddings(self, config: Any) -> None:
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.hidden_size)
+
+    def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
+        if arguments.get("inputs_embeds") is None:
+            mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+            if (
+                mask is not None
+            ):  # A row of padding alone has no share of masked tokens, by which embeddings are scaled.
+                mask = mask.masked_fill((mask == 0).all(dim=1, keepdim=True), 1)
+            arguments["inputs_embeds"] = self.embeddings(arguments.pop("input_ids"), mask, positions)  # type: ignore[attr-defined]
+        text = arguments["inputs_embeds"]
+        if arguments.get("position_ids") is None:
+            first = 0 if first_token is None else first_token[:, None]
+            places = torch.arange(text.shape[1], device=text.device) - first
+            arguments["position_ids"] = places.clamp(min=0).expand(text.shape[:2])
+
+    def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
+        text, norm = arguments["inputs_embeds"], self.embeddings.layer_norm  # type: ignore[attr-defined]
+        tokens = global_tokens(self, text)
+        if norm is not None:
+            tokens = norm(tokens)
+        arguments["inputs_embeds"] = torch.cat([tokens.to(text), text], dim=1)
+        arguments["position_ids"] = F.pad(arguments["position_ids"], (tokens.shape[1], 0))

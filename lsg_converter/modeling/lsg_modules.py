@@ -1,5 +1,6 @@
 """What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,7 @@ class LSGSelfAttention:
         query, key, value = (
             getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
         )
+        query, key = self.place(query, key, **kwargs)
         arguments, mask = self.config.attention_arguments, attention_mask[:, 0, 0]
         if promotion is not None:
             query, key, value = (promotion.insert(x) for x in (query, key, value))
@@ -125,9 +127,28 @@ class LSGSelfAttention:
             output = promotion.remove(output)
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
 
+    def place(self, query: torch.Tensor, key: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a family makes of queries and keys, (batch, heads, g + t, head_dim), by the places of their tokens."""
+        return query, key
+
     def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """What a family's attention module does with its heads' outputs and its input, (batch, g + t, width) each."""
         return output
+
+
+class LSGRotaryAttention(LSGSelfAttention):
+    """Mixed into a self-attention that may have rotary positions.
+
+    `rotate` is the family's function of queries, keys, cosines and sines, of which `position_embeddings` are the last
+    two, (batch, g + t, head_dim) each, or None.
+    """
+
+    rotate: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
+
+    def place(
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (query, key) if position_embeddings is None else self.rotate(query, key, *position_embeddings)
 
 
 class LSGSeq2SeqAttention(LSGSelfAttention):
@@ -200,8 +221,17 @@ class LSGEncoder:
             outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config, *told)
             return outputs
         kwargs |= {name: packing.pack(kwargs[name]) for name in self.token_arguments}
+        if kwargs.get("position_embeddings") is not None:  # of rotary positions
+            kwargs["position_embeddings"] = tuple(map(packing.pack, kwargs["position_embeddings"]))
         states, kwargs["seqlens"] = packing.pack(hidden_states), packing.seqlens
         outputs = super().forward(states, attention_mask=packing.mask, **kwargs)  # type: ignore[misc]
         states = packing.unpack(outputs.last_hidden_state)
         outputs["last_hidden_state"] = strip_global_tokens(states, self.config, packing.first_token)
         return outputs
+
+
+class LSGNamedEncoder(LSGEncoder):
+    """The same where the stock forward returns a tuple, if the configuration asks for one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs, return_dict=True)
