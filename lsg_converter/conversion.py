@@ -78,7 +78,7 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
             model.generation_config = original.generation_config
         announce("writing")
         with writing(options):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, save_original_format=False)  # which gives ESM's weights old names
             if source.tokenizer is not None:
                 write_tokenizer(source.tokenizer, source, folder)
             write_companions(source, folder)
@@ -123,7 +123,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
             f"--max_sequence_length: got {length}, for which the positions alone would take "
             f"{4 * tables * length * width:,} bytes in float32; give at most {MAX_SEQUENCE_LENGTH}"
         )
-    if source.family.config_class.sinusoidal_positions:
+    if source.computes_positions:
         positions = f"positions: computed for {length} tokens"
     else:
         hows = {"tile": "cut" if length < trained else "repeated", "interpolate": "stretched"}
@@ -176,7 +176,7 @@ def position_step(source: Source) -> int:
     """`position_step` of the converted model. Raises OptionError where its positions cannot be what is asked for."""
     options, length, trained = source.options, source.options.max_sequence_length, source.positions
     before, got = getattr(source.config, "position_step", 1), f"--position_init: got {options.position_init!r}"
-    if source.family.config_class.sinusoidal_positions and options.position_init != "tile":
+    if source.computes_positions and options.position_init != "tile":
         raise OptionError(f"{got}; {source.family.model_type} computes its positions: leave it out")
     if options.position_init != "stretch":
         if before > 1:
@@ -242,21 +242,21 @@ def lsg_config(source: Source) -> Any:
 
 def long_tables(source: Source, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The tables that a conversion changes, by name, made from those of `model`, the loaded source."""
-    options, base_class, state = source.options, source.family.base_class, model.state_dict()
+    options, base_class, state = source.options, source.family.base_class, source.tables(model)
     special, length = source.special_positions, options.max_sequence_length
     names = [name for table in base_class.position_tables if (name := source.prefix + table) in state]
     if source.family.config_class.sinusoidal_positions:
-        width, dtype = state[names[0]].shape[1], state[names[0]].dtype
-        tables = {name: surgery.sinusoidal_positions(length, width, dtype) for name in names}
+        written = [name for name in names if name in model.state_dict()]
+        tables = {name: surgery.sinusoidal_positions(length, state[name]) for name in written}
     else:
         lengthen = surgery.stretched_positions if options.position_init == "interpolate" else surgery.longer_positions
         tables = {name: lengthen(state[name], length, special) for name in names}
         if options.position_init == "stretch":  # Not a decoder's: how long its text will be is not known.
             tables[names[0]] = surgery.stepped_positions(state[names[0]], length // source.positions, special)
     global_name = source.prefix + base_class.global_table
-    if source.prefix + base_class.position_tables[0] in state and not options.resize_lsg:
+    if (positions := source.global_positions(model)) is not None and not options.resize_lsg:
         table = surgery.global_embeddings(
-            state[names[0]][special:],
+            positions,
             source.global_words(model),
             source.token_type(state),
             options.global_positional_stride,

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .modeling.lsg_classes import LSGWrapper, stock_class
 from .modeling.lsg_config import LSGConfig
@@ -17,6 +18,30 @@ from .options import OptionError, SourceError
 
 MODELING = Path(__file__).parent / "modeling"
 _PREFIX = "modeling_lsg_"
+_SPARSE = "it has a sparse attention of its own, for long texts"
+_PAIRS = "its attention has a bias for each pair of tokens by their boxes, and it reads an image"
+# Why a family that one may ask for has no file.
+REFUSED = {
+    **dict.fromkeys(("big_bird", "bigbird_pegasus", "led", "longformer", "longt5", "pegasus_x", "reformer"), _SPARSE),
+    **dict.fromkeys(("layoutlmv2", "layoutlmv3"), _PAIRS),
+    **dict.fromkeys(
+        ("megatron-bert", "rembert"), "its layers, in Transformers, hand nothing but a mask to the attention"
+    ),
+    "convbert": "half of its heads are convolutions, in which global tokens have no place",
+    "fnet": "it has no attention",
+    "funnel": "its layers pool the tokens, and its positions are relative",
+    "lilt": "the scores of its two streams, of words and of boxes, are added",
+    "luke": "it reads entities beside the words, with a query for each kind of pair",
+    "mobilebert": "its values are made of other states than its queries and keys",
+    "modernbert": "it reads long texts as it is, by local attention and rotary positions",
+    "nllb-moe": "which experts read a token depends on the other tokens of the batch",
+    "nystromformer": "its attention is approximated by landmarks",
+    "roformer": "its rotary positions are counted in its stack of layers, where rows lie end to end",
+    "squeezebert": "its projections are convolutions",
+    "tapas": "its positions begin anew in each cell of a table",
+    "xlnet": "its positions are relative, and its attention has two streams",
+    "yoso": "its attention is approximated by hashing",
+}
 
 
 @dataclass(frozen=True)
@@ -79,20 +104,29 @@ class Family:
         return min(names, key=lambda name: (name != "AutoModelForSeq2SeqLM", name))
 
 
+@cache
+def _files() -> Mapping[str, str]:
+    """The families that the installed Transformers has, and the name of the file of each in `modeling/`."""
+    stems = {path.stem for path in MODELING.glob(f"{_PREFIX}*.py")}
+    names = {model_type: _PREFIX + model_type.replace("-", "_") for model_type in CONFIG_MAPPING_NAMES}
+    return {model_type: name for model_type, name in sorted(names.items()) if name in stems}
+
+
 def model_types() -> list[str]:
     """The families that can be converted."""
-    return sorted(path.stem.removeprefix(_PREFIX).replace("_", "-") for path in MODELING.glob(f"{_PREFIX}*.py"))
+    return list(_files())
 
 
 @cache
 def family(model_type: str) -> Family:
     """The family of `config.model_type`. Raises SourceError where there is none."""
     if model_type not in model_types():
+        reason = f", for {REFUSED[model_type]}" if model_type in REFUSED else ""
         raise SourceError(
-            f"--initial_model: its family {model_type!r} cannot be converted; "
+            f"--initial_model: its family {model_type!r} cannot be converted{reason}; "
             f"give a model of one of these: {', '.join(model_types())}"
         )
-    name = _PREFIX + model_type.replace("-", "_")
+    name = _files()[model_type]
     module = import_module(f".modeling.{name}", __package__)
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     base = next(c for c in classes if hasattr(c, "global_table"))

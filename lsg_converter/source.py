@@ -62,6 +62,7 @@ class Source:
         config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
         positions: how many tokens it can read.
+        computes_positions: whether no table of trained positions says so.
         is_decoder: whether what it becomes is a decoder alone.
         special_positions: how many rows of its position tables stand before the first position.
         first_id, other_id: the token that the first global token starts from, and the one of the others; None where the
@@ -111,7 +112,8 @@ class Source:
                 f"--initial_model: config.json of {name!r}: {first_line(error.__cause__ or error)}; correct it"
             ) from error
         base_class = self.family.base_class
-        check_padding(name, self.config, needed=getattr(base_class, "positions_follow_padding", False))
+        reader = getattr(base_class, "lsg_part_class", base_class)
+        check_padding(name, self.config, needed=reader.positions_follow_padding)
         if self.config.max_position_embeddings <= base_class.counted_positions(self.config):
             raise SourceError(
                 f"--initial_model: config.json of {name!r}: max_position_embeddings is "
@@ -120,6 +122,8 @@ class Source:
             )
         self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
         self.special_positions = base_class.special_positions(self.config)
+        rotary = getattr(self.config, "position_embedding_type", None) == "rotary"
+        self.computes_positions = rotary or self.family.config_class.sinusoidal_positions
         causal = self.family.config_class.has_causal_form and self.config.is_decoder
         self.is_decoder = causal or self.family.is_decoder(self.lsg_class)
         self.warnings: list[str] = []
@@ -235,10 +239,29 @@ class Source:
         )
 
     def token_type(self, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The embedding of token type 0, or None where the global rows do not include it."""
-        if not (self.options.use_token_ids and self.family.base_class.global_token_type):
+        """The embedding of token type 0, and of what else a family has types of; None where global rows have none."""
+        base_class = self.family.base_class
+        names = ["token_type"] if self.options.use_token_ids and base_class.global_token_type else []
+        tables = [f"{self.prefix}embeddings.{name}_embeddings.weight" for name in (*names, *base_class.global_types)]
+        rows = [state[table][0].float() for table in tables if table in state]
+        return torch.stack(rows).sum(dim=0) if rows else None
+
+    def global_positions(self, model: PreTrainedModel) -> torch.Tensor | None:
+        """The trained rows of positions from which global tokens start, (positions, width): a zero where the family has
+        no table of them. None where the model has no part that has LSG."""
+        base_class, tables = self.family.base_class, self.tables(model)
+        holder = self.prefix + base_class.global_table.removesuffix("global_embeddings.weight")
+        if not any(name.startswith(holder) for name in tables):
             return None
-        return state[f"{self.prefix}embeddings.token_type_embeddings.weight"][0]
+        table = tables.get(self.prefix + base_class.position_tables[0])
+        if table is None:
+            words: Any = model.get_input_embeddings()
+            return torch.zeros_like(words.weight[:1])
+        return table[self.special_positions :]
+
+    def tables(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The weights of a model, and the tables that it computes, which no file holds."""
+        return {**dict(model.named_buffers()), **model.state_dict()}
 
 
 def locate(options: ConversionOptions) -> tuple[Path, str | None]:

@@ -57,11 +57,12 @@ def _rows_at(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     return (rows[low].double() * (1 - weight) + rows[high].double() * weight).to(rows.dtype)
 
 
-def sinusoidal_positions(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Pegasus' positions: sines in the first half of the columns, cosines in the second. Shape (length, width)."""
-    column = np.arange(width)
+def sinusoidal_positions(length: int, table: torch.Tensor) -> torch.Tensor:
+    """Pegasus' positions: sines in the first half of the columns, cosines in the second. Shape (length, width), in the
+    dtype of `table`, (positions, width)."""
+    column, width = np.arange(table.shape[1]), table.shape[1]
     angle = np.arange(length)[:, None] / np.power(10000, 2 * (column // 2) / width)
-    return torch.from_numpy(np.concatenate([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], axis=1)).to(dtype)
+    return torch.from_numpy(np.concatenate([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], axis=1)).to(table.dtype)
 
 
 def global_embeddings(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, is_hypothesis_test, settings
+from made import LIKE, make_source
 from safetensors.torch import load_file
 
 from lsg_converter import cli, families
@@ -24,7 +25,7 @@ from lsg_converter import cli, families
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 GOLDEN = Path(__file__).parent / "golden"
-FEW = ("bert", "bart")  # an encoder, and an encoder-decoder
+FEW = ("bert", "bart", "xmod", "m2m_100")  # an encoder and an encoder-decoder, with recorded numbers and without
 LEFT_OUT = pytest.StashKey[int]()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has what it runs in the background ignore SIGINT, and so would do what the tests start and interrupt.
@@ -47,6 +48,15 @@ class Golden:
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): value for key, value in self.expected.items() if key.startswith(prefix)}
+
+
+class Made:
+    """A family without recorded numbers."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.source = folder / "source"
+        make_source(name, GOLDEN, self.source)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,19 +98,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden" in metafunc.fixturenames:
         every = [name.replace("-", "_") for name in families.model_types()]
         names = getattr(metafunc.module, "FAMILIES", every)
-        few = metafunc.definition.get_closest_marker("few_families")
-        marked = [pytest.param(name, marks=pytest.mark.full if few and name not in FEW else ()) for name in names]
+        few, made = (metafunc.definition.get_closest_marker(name) for name in ("few_families", "made_families"))
+        names = [name for name in names if made or name not in LIKE]
+        left = [name not in FEW and bool(few or name in LIKE) for name in names]
+        marked = [
+            pytest.param(name, marks=pytest.mark.full if out else ()) for name, out in zip(names, left, strict=True)
+        ]
         metafunc.parametrize("golden", marked, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.param)
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden | Made:
+    return Made(request.param, tmp_path_factory.mktemp("made")) if request.param in LIKE else Golden(request.param)
 
 
 @pytest.fixture(scope="session")
-def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The family's recorded source, converted by the command to 1,000 tokens."""
+def converted(golden: Golden | Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family's source, converted by the command to 1,000 tokens."""
     target = tmp_path_factory.mktemp(golden.name) / "lsg-model"
     assert run_command(golden.source, target, "--max_sequence_length", "1000") == 0
     return target

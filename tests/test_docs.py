@@ -205,7 +205,11 @@ def test_every_exit_code_is_there():
 
 
 def test_every_family_sparsifier_and_kernel_is_there():
-    assert [cells[1] for cells in rows("families.md", r"\w[^|]*\| `[a-z-]+` \|")] == families.model_types()
+    assert [cells[1] for cells in rows("families.md", r"\w[^|]*\| `[a-z0-9_-]+` \|")] == families.model_types()
+    refused = {
+        kind: cells[1] for cells in rows("families.md", r"`[a-z0-9_-]+`[^|]*\|") for kind in cells[0].split("`, `")
+    }
+    assert refused == families.REFUSED
     sparsifiers = [cells[0] for cells in rows("attention.md", r"`\w+` \|")]
     assert sparsifiers[0] == "sparsity_type" and {*sparsifiers[1:], "none"} == set(SPARSITY_TYPES)
     assert {cells[0] for cells in rows("kernels.md", r"`\w+` \|")} == set(KERNELS)

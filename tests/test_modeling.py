@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from strategies import KINDS, batches
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from lsg_converter import families
 from lsg_converter.families import stock_class
@@ -94,6 +95,7 @@ def test_a_batch_of_no_texts_is_an_error(load):
         model(ids_of(model, 0, 30))
 
 
+@pytest.mark.made_families
 def test_resized_tables(load, converted, family):
     """New words can be read, and texts as long as a new table of positions where the stock model has such a method."""
     model = AutoModel.from_pretrained(converted, trust_remote_code=True, **SMALL).eval()
@@ -140,13 +142,14 @@ def test_a_row_is_the_same_alone_and_in_a_batch(load, batch, dtype):
     ids = ids_of(model, *mask.shape)
     others = torch.where(mask, ids, ids.flip(1))
     others[:, 0] = ids[:, 0]  # by whose query "bos_pooling" weighs, masked or not
-    together = states(model, others, mask.to(dtype))
+    together = states(model, others, attention_mask=mask.to(dtype))
     model.set_attn_implementation("eager")
     for i, row in enumerate(rows):
-        alone = states(model, ids[i : i + 1, : len(row)], row[None].to(dtype))[0]
+        alone = states(model, ids[i : i + 1, : len(row)], attention_mask=row[None].to(dtype))[0]
         close(together[i, : len(row)][row], alone[row], atol=1e-10)
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
 @pytest.mark.parametrize("kind", ["norm", "bos_pooling"])
 def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kind, kernel):
@@ -166,7 +169,9 @@ def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kin
         if not model.positions_follow_padding:
             more["position_ids"] = (torch.arange(left + 35) - left).clamp(min=0).expand(2, -1)
         padded[mask == 0] = padding
-        output = model(padded, mask, output_hidden_states=True, output_attentions=kernel == "eager", **more)
+        output = model(
+            padded, attention_mask=mask, output_hidden_states=True, output_attentions=kernel == "eager", **more
+        )
         own = slice(left, left + 20)
         taken = [output.last_hidden_state[:, own], *(state[:, own] for state in output.hidden_states)]
         if kernel == "eager":
@@ -179,6 +184,7 @@ def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kin
             close(actual, expected, atol=1e-10)
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
 def test_tokens_that_see_all(load, kernel):
     """`global_attention_mask`, by row: one layer carries a token at the start to one far away, and back."""
@@ -191,7 +197,7 @@ def test_tokens_that_see_all(load, kernel):
     chosen[0, :3] = chosen[1, 2] = chosen[1, 55] = 1
 
     def layer(ids, chosen):
-        return model(ids, mask, global_attention_mask=chosen, output_hidden_states=True).hidden_states[1]
+        return model(ids, attention_mask=mask, global_attention_mask=chosen, output_hidden_states=True).hidden_states[1]
 
     def changed(place, chosen):
         other = ids.clone()
@@ -205,8 +211,12 @@ def test_tokens_that_see_all(load, kernel):
     for row in range(3):  # alone as in the batch
         length = int(mask[row].sum())
         own = [x[row : row + 1, :length] for x in (ids, mask, chosen)]
-        alone = states(model, own[0], own[1], global_attention_mask=own[2])
-        close(states(model, ids, mask, global_attention_mask=chosen)[row : row + 1, :length], alone, atol=1e-10)
+        alone = states(model, own[0], attention_mask=own[1], global_attention_mask=own[2])
+        close(
+            states(model, ids, attention_mask=mask, global_attention_mask=chosen)[row : row + 1, :length],
+            alone,
+            atol=1e-10,
+        )
 
 
 @pytest.mark.parametrize("g", [0, 1])
@@ -218,7 +228,7 @@ def test_a_first_token_that_is_no_key_has_its_state(load, g):
     mask, chosen = torch.ones_like(ids), torch.zeros_like(ids)
     mask[0, 1:] = 0
     chosen[1, 1:] = 1
-    (eager, sdpa) = (states(model, ids, mask, global_attention_mask=chosen) for model in models)
+    (eager, sdpa) = (states(model, ids, attention_mask=mask, global_attention_mask=chosen) for model in models)
     close(sdpa[mask.bool()], eager[mask.bool()], atol=1e-10)
 
 
@@ -228,7 +238,10 @@ def test_positions_that_nobody_reads_change_nothing(load):
         pytest.skip("it reads them")
     ids, mask = ids_of(model, 1, 30), torch.ones(1, 30)
     mask[:, :3] = 0
-    assert torch.equal(states(model, ids, mask, position_ids=torch.arange(30)[None]), states(model, ids, mask))
+    assert torch.equal(
+        states(model, ids, attention_mask=mask, position_ids=torch.arange(30)[None]),
+        states(model, ids, attention_mask=mask),
+    )
     with pytest.raises(ValueError, match="got a text of 1001 tokens"):
         model(ids_of(model, 1, LIMIT + 1), position_ids=torch.arange(LIMIT + 1)[None])
 
@@ -242,7 +255,9 @@ def test_tokens_that_see_all_are_told_right(load):
     with pytest.raises(ValueError, match=r"got 512 tokens in a row, beside 1 global tokens; allowed are 512"):
         model(ids, global_attention_mask=(torch.arange(600) < 512)[None])
     mask = (torch.arange(600) < 20)[None]  # what is masked does not count
-    assert states(model, ids, mask, global_attention_mask=(torch.arange(600) < 512)[None]).isfinite().all()
+    assert (
+        states(model, ids, attention_mask=mask, global_attention_mask=(torch.arange(600) < 512)[None]).isfinite().all()
+    )
     short = ids_of(model, 1, 8)  # full attention anyway
     assert torch.equal(states(model, short, global_attention_mask=torch.ones(1, 8)), states(model, short))
 
@@ -256,6 +271,7 @@ def test_an_unknown_argument_is_said_once(load, caplog):
     assert sum("global_atention_mask" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("g", [0, 3])
 def test_a_batch_takes_what_its_real_tokens_take(load, g):
     """No layer sees what a row is padded with on the right, and a padded batch gives and trains as its rows alone."""
@@ -272,9 +288,13 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
     mask[0, :2] = mask[4, 5] = 0
     weight = torch.randn(5, 30, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     seen = set()
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.in_features > 16]
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.in_features > 16 and not name.startswith("embeddings.")
+    ]
     hooks = [layer.register_forward_hook(lambda _, args, __: seen.add(args[0].shape[:-1].numel())) for layer in layers]
-    packed = model(ids, mask, output_hidden_states=True)
+    packed = model(ids, attention_mask=mask, output_hidden_states=True)
     (packed.last_hidden_state * weight * mask[:, :, None]).sum().backward()
     grads = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
@@ -284,7 +304,9 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
         hook.remove()
     for row, length in enumerate(tokens):
         if length:
-            alone = model(ids[row : row + 1, :length], mask[row : row + 1, :length], output_hidden_states=True)
+            alone = model(
+                ids[row : row + 1, :length], attention_mask=mask[row : row + 1, :length], output_hidden_states=True
+            )
             (alone.last_hidden_state * (weight * mask[:, :, None])[row, :length]).sum().backward()
             for one, whole in zip(alone.hidden_states, packed.hidden_states, strict=True):
                 assert whole.shape == (5, 30, one.shape[-1])
@@ -310,7 +332,7 @@ def test_a_mask_of_another_shape_is_an_error(load):
     ids = ids_of(model, 2, 30)
     for shape in ((2, 29), (1, 30), (2, 30, 30), (2, 1, 30, 30)):
         with pytest.raises(ValueError, match=r"attention_mask: got shape .* it must be \(batch, tokens\), \(2, 30\)"):
-            model(ids, torch.ones(shape))
+            model(ids, attention_mask=torch.ones(shape))
 
 
 def test_inputs_are_not_written_to(load):
@@ -318,22 +340,26 @@ def test_inputs_are_not_written_to(load):
     ids, mask = ids_of(model, 2, 30), torch.ones(2, 30, dtype=torch.bool)
     mask[0, 20:] = False
     before = ids.clone(), mask.clone()
-    states(model, ids, mask)
+    states(model, ids, attention_mask=mask)
     assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
 
 
 # Other inputs
 
 
+@pytest.mark.made_families
 def test_inputs_embeds_equal_ids(load):
     model = load()
     ids = ids_of(model, 2, 30)
     embeds = model.get_input_embeddings()(ids)
     if getattr(model, "scales_outside", False):
         embeds = embeds * model.embed_scale
+    if model.config.model_type == "esm":  # which means by them what its embeddings give
+        embeds = model.embeddings(ids)
     assert torch.equal(states(model, inputs_embeds=embeds), states(model, ids))
 
 
+@pytest.mark.made_families
 def test_token_types_matter(load):
     model = load()
     if not getattr(model.config, "type_vocab_size", 0) > 1:
@@ -345,12 +371,15 @@ def test_token_types_matter(load):
     assert not torch.allclose(states(model, ids, token_type_ids=types), states(model, ids), atol=1e-3)
 
 
+@pytest.mark.made_families
 def test_arguments_by_position_and_the_stock_signature(load):
     model = load()
     assert str(signature(model.forward)) == str(signature(stock_class(type(model)).forward.__get__(model)))
     ids, mask = ids_of(model, 1, 30), torch.ones(1, 30)
     mask[:, 20:] = 0
-    assert torch.equal(model(ids, mask)[0], model(input_ids=ids, attention_mask=mask)[0])
+    names = list(signature(model.forward).parameters)
+    by_position = [ids, *[None] * (names.index("attention_mask") - 1), mask]
+    assert torch.equal(model(*by_position)[0], model(input_ids=ids, attention_mask=mask)[0])
 
 
 # A cache in front of the text, as prefix tuning gives it
@@ -374,6 +403,7 @@ def skip_without_cache(model):
         pytest.skip("the stock model has no caches")
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_cache_in_front_of_a_short_text_is_as_in_the_stock_model(load, golden, family, kernel):
     options = {"attn_implementation": kernel, "dtype": torch.float64}
@@ -387,7 +417,7 @@ def test_a_cache_in_front_of_a_short_text_is_as_in_the_stock_model(load, golden,
         results = []
         for each in (stock, model):
             cache, leaf = cache_of(each, 3)
-            outputs = each(ids, given_mask, past_key_values=cache, output_attentions=kernel == "eager")
+            outputs = each(ids, attention_mask=given_mask, past_key_values=cache, output_attentions=kernel == "eager")
             (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
             hidden = outputs.last_hidden_state[mask[:, 3:].bool()]
             results.append([hidden, leaf.grad, *(outputs.attentions or ())])
@@ -413,7 +443,7 @@ def test_a_cache_in_front_of_a_long_text(load, other):
         if other == "padding on the left":
             mask[1, 3:8] = 0
         cache, leaf = cache_of(model, 3)
-        outputs = model(ids, mask, past_key_values=cache, output_attentions=kernel == "eager", **more)
+        outputs = model(ids, attention_mask=mask, past_key_values=cache, output_attentions=kernel == "eager", **more)
         (outputs.last_hidden_state * mask[:, 3:, None]).square().sum().backward()
         results.append((outputs.last_hidden_state[mask[:, 3:].bool()], leaf.grad))
         (plain,) = [p.grad for n, p in model.named_parameters() if "global_embeddings" in n]
@@ -429,8 +459,10 @@ def test_a_cache_in_front_of_a_long_text(load, other):
         hidden = mask.clone()
         hidden[:, :3] = 0
         close(
-            states(model, ids, hidden, past_key_values=cache_of(model, 3)[0], position_ids=positions, **more)[1, real],
-            states(model, ids, mask[:, 3:], position_ids=positions, **more)[1, real],
+            states(
+                model, ids, attention_mask=hidden, past_key_values=cache_of(model, 3)[0], position_ids=positions, **more
+            )[1, real],
+            states(model, ids, attention_mask=mask[:, 3:], position_ids=positions, **more)[1, real],
             atol=1e-10,
         )
     for one, other in zip(*results, strict=True):
@@ -440,24 +472,29 @@ def test_a_cache_in_front_of_a_long_text(load, other):
 # Short texts are those of the plain model
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_short_texts_without_globals_equal_the_stock_model(load, golden, family, kernel):
     options = {"attn_implementation": kernel, "dtype": torch.float64}
-    model = load(num_global_tokens=0, **options)
-    stock = stock_class(family.base_class).from_pretrained(golden.source, **options)
-    stock = reader(stock.eval())
+    model, stock_type = load(num_global_tokens=0, **options), stock_class(family.base_class)
+    if not stock_type._supports_sdpa:
+        options["attn_implementation"] = "eager"
+    stock = reader(stock_type.from_pretrained(golden.source, **options).eval())
+    # Their plain attention has its softmax in float32.
+    rounds = golden.name in ("layoutlm", "markuplm") and options["attn_implementation"] == "eager"
     for tokens in (1, 5, 8):
         ids = ids_of(model, 2, tokens)
         mask = torch.ones_like(ids)
         mask[0, (tokens + 1) // 2 :] = 0
-        expected, actual = (m(ids, mask, output_hidden_states=True) for m in (stock, model))
+        expected, actual = (m(ids, attention_mask=mask, output_hidden_states=True) for m in (stock, model))
         for a, b in zip(actual.hidden_states, expected.hidden_states, strict=True):
-            close(a[mask.bool()], b[mask.bool()], atol=1e-10)
+            close(a[mask.bool()], b[mask.bool()], atol=1e-5 if rounds else 1e-10)
 
 
 # Outputs
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("tokens", [6, 30])
 def test_hidden_states_have_the_positions_of_the_text(load, tokens):
     model = load(num_global_tokens=3, pool_with_global=False)
@@ -483,6 +520,7 @@ def test_pooling_with_the_global_token(load):
         assert not torch.allclose(with_global.pooler_output, without.pooler_output, atol=1e-3)
 
 
+@pytest.mark.made_families
 def test_attentions(load):
     model = load(attn_implementation="eager", num_global_tokens=3)
     config, width = model.config, 3 + 3 * 4 + 2 * 4
@@ -527,21 +565,26 @@ def without_dropout(model):
     return model
 
 
+@pytest.mark.made_families
 def test_every_head_of_transformers_is_there(family):
     module = importlib.import_module(stock_class(family.base_class).__module__)
-    stock = {
+    models = {
         name
         for name, value in vars(module).items()
-        if isinstance(value, type)
-        and issubclass(value, PreTrainedModel)
-        and value.__module__ == module.__name__
-        and not name.lower().endswith(("pretrainedmodel", "pretrainedbartmodel", "wrapper", "encoder", "decoder"))
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
     }
+    parts = ("pretrainedmodel", "pretrainedbartmodel", "wrapper", "encoder", "decoder")
+    stock = {name for name in models if not name.lower().endswith(parts)}
+    for name, mapping in vars(modeling_auto).items():
+        if name.endswith("_MAPPING_NAMES"):
+            named = mapping.get(family.model_type, ())
+            stock |= models & {*([named] if isinstance(named, str) else named)}
     assert set(family.architectures) == stock
     targets = {target.split(".")[1] for name, target in family.auto_map.items() if name != "AutoConfig"}
     assert targets == {lsg_class.__name__ for lsg_class in family.architectures.values()}
 
 
+@pytest.mark.made_families
 def test_every_head_runs_and_trains(load, family):
     for name in heads(family):
         model = load(families.auto_class(name)).train()
@@ -550,9 +593,12 @@ def test_every_head_runs_and_trains(load, family):
         outputs = [value for value in run_head(name, model).values() if torch.is_tensor(value)]
         sum(output.square().mean() for output in outputs).backward()
         unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-        assert all("pooler" in n or "position" in n or "encoder_attn" in n for n in unused), (name, unused)
+        # The last two are in no path of MarkupLM and ESM.
+        may = ("pooler", "position", "encoder_attn", "xpath_unitseq2_embeddings", "contact_head")
+        assert all(any(part in n for part in may) for n in unused), (name, unused)
 
 
+@pytest.mark.made_families
 def test_gradients_reach_the_global_tokens(load):
     model = load(num_global_tokens=3)
     model(ids_of(model, 1, 30)).last_hidden_state.square().mean().backward()
@@ -560,6 +606,7 @@ def test_gradients_reach_the_global_tokens(load):
     assert gradient[:3].ne(0).any(dim=1).all() and not gradient[3:].any()
 
 
+@pytest.mark.made_families
 def test_gradient_checkpointing(converted, family):
     if not family.base_class.supports_gradient_checkpointing:
         pytest.skip("the stock model has no gradient checkpointing")
@@ -589,6 +636,7 @@ def test_gradient_checkpointing(converted, family):
 # Saving and loading
 
 
+@pytest.mark.made_families
 def test_save_and_load(load, family, converted, tmp_path):
     for name in heads(family):
         auto_class = families.auto_class(name)
@@ -654,8 +702,8 @@ def test_a_field_that_is_not_allowed_is_an_error(converted, family, changes, mes
 )
 def test_a_field_that_is_set_is_checked_too(load, family, converted, field, value, message):
     """When a model is built of the configuration, and when a model that has it reads the next text."""
-    if field == "is_decoder" and (family.config_class.has_causal_form or "is_decoder" in vars(family.config_class())):
-        pytest.skip("the family has a causal form, or Transformers sets it itself, for the decoder")
+    if field == "is_decoder" and (family.config_class.has_causal_form or family.config_class.is_encoder_decoder):
+        pytest.skip("the family has a causal form, or a decoder")
     config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
     setattr(config, field, value)
     for auto_class in (AutoModel, families.auto_class(heads(family)[-1])):
@@ -677,17 +725,21 @@ def test_no_encoder_decoder_of_other_configurations(converted, golden):
         transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
 
 
+@pytest.mark.made_families
 def test_tied_weights_stay_tied(load, family):
     for name in heads(family):
         model = load(families.auto_class(name))
         output = model.get_output_embeddings()
         if output is not None and name != "AutoModel":
             assert output.weight is model.get_input_embeddings().weight
+            if model.config.model_type == "esm":  # whose stock class leaves the bias as it is
+                continue
             model.resize_token_embeddings(model.config.vocab_size + 3)
             assert output.weight.shape[0] == model.config.vocab_size
             assert run_head(name, model)[0].isfinite().all()
 
 
+@pytest.mark.made_families
 def test_a_new_model_has_finite_weights(family, golden):
     """Made from a configuration alone, in memory and on the meta device."""
     content = json.loads((golden.source / "config.json").read_text())
@@ -706,6 +758,7 @@ def test_a_new_model_has_finite_weights(family, golden):
 # Precision, compilation
 
 
+@pytest.mark.made_families
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_half_precision_is_finite(load, dtype, kind):
@@ -714,7 +767,7 @@ def test_half_precision_is_finite(load, dtype, kind):
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     mask[2] = 0
-    output = model(ids, mask).last_hidden_state
+    output = model(ids, attention_mask=mask).last_hidden_state
     assert output.dtype == dtype and output.isfinite().all()
     output.float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -753,6 +806,7 @@ def test_numbers_of_global_tokens(load):
     assert all(not torch.allclose(a, b, atol=1e-4) for a, b in pairwise(results))
 
 
+@pytest.mark.made_families
 def test_stock_and_lsg_models_live_in_one_process(load, golden, family):
     stock_type = stock_class(family.base_class)
     ids = torch.arange(5, 65)[None]
@@ -762,11 +816,17 @@ def test_stock_and_lsg_models_live_in_one_process(load, golden, family):
     assert not torch.allclose(lsg, before, atol=1e-3)
 
 
+@pytest.mark.made_families
 def test_weights_on_disk(converted, golden):
     """What did not change is the source's, bit by bit, by the names that the source has."""
     source, written = load_file(golden.source / "model.safetensors"), load_file(converted / "model.safetensors")
+    if golden.name == "esm":  # whose stock class saves by old names
+        source = transformers.EsmForMaskedLM.from_pretrained(golden.source).state_dict()
+        source = {name: source[name] for name in source if name in written}  # one of those that are tied
+        assert len(source) == len(written) - 1
     changed = {name for name in source if written[name].shape != source[name].shape}
     assert all("position" in name for name in changed)
-    assert {name.split(".")[-2] for name in written.keys() - source.keys()} == {"global_embeddings"}
+    added = {"global_embeddings", "embed_positions"} if golden.name == "marian" else {"global_embeddings"}
+    assert {name.split(".")[-2] for name in written.keys() - source.keys()} == added
     for name in source.keys() - changed:
         assert source[name].numpy().tobytes() == written[name].numpy().tobytes()

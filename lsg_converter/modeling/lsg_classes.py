@@ -5,6 +5,7 @@ stand in it: what one process pickles, another can read.
 """
 
 import sys
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -47,16 +48,21 @@ class LSGWrapper(LSGPreTrained):
     """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends."""
 
     lsg_part_class: ClassVar[Any]
+    _keys_to_ignore_on_save: Any = None  # Marian names its computed positions; written, they are not computed again.
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
+        implementation = config._attn_implementation
+        if not stock_class(self.lsg_part_class)._supports_sdpa:  # so that the stock part can be made
+            config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        config._attn_implementation = implementation
         for name, part in list(self.named_children()):  # type: ignore[attr-defined]
             if type(part) is stock_class(self.lsg_part_class):
                 if checkpointing:  # The stock part took it out of the configuration; ours asks for it again.
                     config.gradient_checkpointing = True
                 options = {}
-                if hasattr(part, "pooler"):
+                if "add_pooling_layer" in signature(type(part)).parameters:
                     # In Transformers 5.10 some multiple-choice models lack the pooler that they read.
                     pools = part.pooler is not None or type(self).__name__.endswith("ForMultipleChoice")
                     options["add_pooling_layer"] = pools
@@ -138,6 +144,6 @@ def define_heads(base_class: Any) -> None:
             and issubclass(stock, PreTrainedModel)
             and stock.__module__ == module.__name__
             and name.startswith(family)
-            and ("For" in name or "LMHead" in name)
+            and any(part in name for part in ("For", "LMHead", "MTModel"))
         ):
             define_class(f"LSG{name}", LSGWrapper, stock, base_class.__module__, **attributes)

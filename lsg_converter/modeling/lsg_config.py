@@ -63,11 +63,13 @@ class LSGConfig:
     has_causal_form: ClassVar[bool] = False
     # Whether the family computes its positions, by the place of a token, and has trained none.
     sinusoidal_positions: ClassVar[bool] = False
+    # What `position_embedding_type` may be.
+    position_types: ClassVar[tuple[str, ...]] = ("absolute",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A subclass of a strict configuration is strict only if it is made so again.
         super().__init_subclass__(**kwargs)
-        cls.has_causal_form = hasattr(cls, "add_cross_attention")
+        cls.has_causal_form = vars(cls).get("has_causal_form", hasattr(cls, "add_cross_attention"))
         if issubclass(cls, PreTrainedConfig):
             strict(cls)
 
@@ -110,7 +112,7 @@ class LSGConfig:
         require("full_attention_length", full is None or full >= 0, "a number of tokens, or none for two blocks")
         require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
         require("position_step", self.position_step >= 1, "at least 1")
-        computed = self.sinusoidal_positions and self.position_step > 1
+        computed = (self.sinusoidal_positions or positions == "rotary") and self.position_step > 1
         require("position_step", not computed, f"1: {self.model_type} computes its positions")  # type: ignore[attr-defined]
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
@@ -129,7 +131,9 @@ class LSGConfig:
                 self.position_step == 1,
                 "1 in the causal form: where a token stands must not depend on those behind it",
             )
-        require("position_embedding_type", positions in (None, "absolute"), "'absolute': LSG has no relative positions")
+        allowed = " or ".join(map(repr, self.position_types))
+        allowed += ": LSG has no relative positions"
+        require("position_embedding_type", positions in (None, *self.position_types), allowed)
         if self.layout.sparse_block_size:
             chunk = self.layout.chunk_size
             require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")

@@ -26,21 +26,39 @@ from .lsg_classes import stock_class
 from .lsg_config import NEEDS_ITS_CODE
 from .modeling_lsg_albert import LSGAlbertConfig
 from .modeling_lsg_bert import LSGBertConfig
+from .modeling_lsg_bert_generation import LSGBertGenerationConfig
 from .modeling_lsg_camembert import LSGCamembertConfig
+from .modeling_lsg_data2vec_text import LSGData2VecTextConfig
 from .modeling_lsg_distilbert import LSGDistilBertConfig
 from .modeling_lsg_electra import LSGElectraConfig
+from .modeling_lsg_ernie import LSGErnieConfig
+from .modeling_lsg_esm import LSGEsmConfig
+from .modeling_lsg_layoutlm import LSGLayoutLMConfig
+from .modeling_lsg_markuplm import LSGMarkupLMConfig
 from .modeling_lsg_roberta import LSGRobertaConfig
+from .modeling_lsg_roberta_prelayernorm import LSGRobertaPreLayerNormConfig
 from .modeling_lsg_xlm_roberta import LSGXLMRobertaConfig
+from .modeling_lsg_xlm_roberta_xl import LSGXLMRobertaXLConfig
+from .modeling_lsg_xmod import LSGXmodConfig
 
 
 FAMILIES: tuple[Any, ...] = (
     LSGAlbertConfig,
     LSGBertConfig,
+    LSGBertGenerationConfig,
     LSGCamembertConfig,
+    LSGData2VecTextConfig,
     LSGDistilBertConfig,
     LSGElectraConfig,
+    LSGErnieConfig,
+    LSGEsmConfig,
+    LSGLayoutLMConfig,
+    LSGMarkupLMConfig,
     LSGRobertaConfig,
+    LSGRobertaPreLayerNormConfig,
     LSGXLMRobertaConfig,
+    LSGXLMRobertaXLConfig,
+    LSGXmodConfig,
 )
 PARTS = ("encoder", "decoder")
 

@@ -10,6 +10,8 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs, logging
 
@@ -18,7 +20,7 @@ from .lsg_classes import LSGPreTrained, define_modules, stock_class
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_generation import CACHE_NAMES, Past, given_cache, prepare_cache
 from .lsg_layout import is_exporting
-from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention
+from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGNamedEncoder, LSGSelfAttention, global_tokens
 from .lsg_packing import Packing, pack_batch, promote
 
 
@@ -71,6 +73,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["prefix_mask"], prefix = prefix_mask, prefix_mask.shape[1]
                 kernel = "portable"  # The rows of a cache do not lie end to end.
             first_token = self.find_first_token(kwargs)
+            self.embed_text(kwargs, first_token)
             if causal:
                 past = self.read_past(kwargs, tokens, first_token)
                 if kwargs.get("encoder_hidden_states") is not None:
@@ -103,7 +106,8 @@ class LSGReader(LSGPreTrained):
         lsg_modules: which mixin goes over which stock module: the name of its class, without the family's in front.
         position_offset: rows of a position table before that of the first token, which
             `config.max_position_embeddings` does not count.
-        positions_follow_padding: whether those rows are instead all up to the padding id's, and counted.
+        positions_follow_padding: whether those rows are all up to the padding id's, and only tokens that are no padding
+            have positions.
         replacements: stock classes of modules, and the LSG class of each.
     """
 
@@ -157,7 +161,7 @@ class LSGReader(LSGPreTrained):
     @classmethod
     def counted_positions(cls, config: Any) -> int:
         """How many of them `config.max_position_embeddings` counts."""
-        return cls.special_positions(config) if cls.positions_follow_padding else 0
+        return cls.special_positions(config) - cls.position_offset
 
     @property
     def text_positions(self) -> int:
@@ -289,15 +293,12 @@ class LSGReader(LSGPreTrained):
         """
         config: Any = self.config  # type: ignore[attr-defined]
         special, available = self.special_positions(config), self.text_positions
-        if self.positions_follow_padding:
-            stock: Any = self.embeddings  # type: ignore[attr-defined]
-            if arguments.get("inputs_embeds") is None:
-                position = stock.create_position_ids_from_input_ids(tokens, config.pad_token_id, prefix)
-            else:
-                position = stock.create_position_ids_from_inputs_embeds(tokens, config.pad_token_id)
-            place = position - special  # -1 where there is padding
+        if self.positions_follow_padding and arguments.get("inputs_embeds") is None:
+            kept = tokens != config.pad_token_id
+            place = (kept.cumsum(dim=1) + prefix) * kept - 1  # -1 where there is padding
         else:
-            place = prefix + torch.arange(tokens.shape[1], device=tokens.device)
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            place = place + (0 if self.positions_follow_padding else prefix)
         text = mask[:, 0, 0, config.num_global_tokens :]
         length = ((place + 1) * text).amax(dim=1, keepdim=True).clamp(min=1)
         step = (available // length).clamp(min=1, max=config.position_step)
@@ -331,6 +332,9 @@ class LSGReader(LSGPreTrained):
             return torch.ones(rows, p, dtype=torch.bool, device=tokens.device)
         arguments["attention_mask"] = mask[:, p:]
         return mask[:, :p].to(device=tokens.device, dtype=torch.bool)
+
+    def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
+        """Call the embeddings module, where that must be before the mask is that of the global tokens too."""
 
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
         """Put the global tokens in front of the text, where the embeddings module does not."""
@@ -397,7 +401,11 @@ def _with_places(probabilities: torch.Tensor, places: torch.Tensor) -> torch.Ten
 class LSGModel(LSGReader):
     """Mixed into the base model of a BERT-like family.
 
-    `global_token_type` says whether the global tokens carry token type 0.
+    Attributes:
+        global_token_type: whether the global tokens carry token type 0.
+        global_types: of what other tables, such as `task_type_embeddings`, they carry the first row, where the model
+            has them; without `_embeddings`.
+        required_inputs: arguments by row, of zeros, that a text must come with.
     """
 
     lsg_modules = {
@@ -409,3 +417,38 @@ class LSGModel(LSGReader):
     position_tables: ClassVar[tuple[str, ...]] = ("embeddings.position_embeddings.weight",)
     global_table: ClassVar[str] = "embeddings.global_embeddings.weight"
     global_token_type: ClassVar[bool] = False
+    global_types: ClassVar[tuple[str, ...]] = ()
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+
+
+class LSGEmbeddedModel(LSGModel):
+    """Mixed into the base model of a family whose embeddings see the mask, and for which `inputs_embeds` are what they
+    give, so that the global tokens join outside of them. Its positions may be rotary: then a global token stands at the
+    place of the first token."""
+
+    lsg_modules = {"SelfAttention": LSGSelfAttention, "Encoder": LSGNamedEncoder}
+    global_table = "global_embeddings.weight"
+
+    def add_global_embeddings(self, config: Any) -> None:
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.hidden_size)
+
+    def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
+        if arguments.get("inputs_embeds") is None:
+            mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+            if mask is not None:
+                # A row of padding alone has no share of masked tokens, by which embeddings are scaled.
+                mask = mask.masked_fill((mask == 0).all(dim=1, keepdim=True), 1)
+            arguments["inputs_embeds"] = self.embeddings(arguments.pop("input_ids"), mask, positions)  # type: ignore[attr-defined]
+        text = arguments["inputs_embeds"]
+        if arguments.get("position_ids") is None:
+            first = 0 if first_token is None else first_token[:, None]
+            places = torch.arange(text.shape[1], device=text.device) - first
+            arguments["position_ids"] = places.clamp(min=0).expand(text.shape[:2])
+
+    def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
+        text, norm = arguments["inputs_embeds"], self.embeddings.layer_norm  # type: ignore[attr-defined]
+        tokens = global_tokens(self, text)
+        if norm is not None:
+            tokens = norm(tokens)
+        arguments["inputs_embeds"] = torch.cat([tokens.to(text), text], dim=1)
+        arguments["position_ids"] = F.pad(arguments["position_ids"], (tokens.shape[1], 0))

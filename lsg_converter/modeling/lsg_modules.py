@@ -1,5 +1,6 @@
 """What replaces a stock module: embeddings, positions, self-attention, encoder stack."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +20,17 @@ class LSGEmbeddings:
     """
 
     config: Any
-    LayerNorm: nn.LayerNorm
+    word_embeddings: nn.Embedding
     dropout: nn.Dropout
 
     def add_global_embeddings(self, config: Any) -> None:
-        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, self.LayerNorm.weight.shape[0])
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, self.word_embeddings.weight.shape[1])
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         text = super().forward(*args, **kwargs)  # type: ignore[misc]
-        tokens = self.LayerNorm(global_tokens(self, text))
+        tokens, norm = global_tokens(self, text), getattr(self, "LayerNorm", None)
+        if norm is not None:
+            tokens = norm(tokens)
         return torch.cat([self.dropout(tokens), text], dim=1)
 
 
@@ -43,17 +46,31 @@ class LSGPositions:
 
     weight: torch.Tensor
 
-    def forward(
-        self, *args: Any, length: int | None = None, rows: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The positions of a text of `length` tokens, shape (length, width); or, of texts whose rows of the table are
-        given, (batch, length), those rows; without either, a zero."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A zero."""
+        return self.weight.new_zeros(())
+
+    def of_text(self, ids: torch.Tensor | None, embeds: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The positions of a text by its embeddings, (batch, t, width), and its ids, where given: shape (t, width); or,
+        where the rows of the table are given, (batch, t), those rows."""
         if rows is not None:
             return F.embedding(rows, self.weight)
-        if length is None:
-            return self.weight.new_zeros(())
         first = getattr(self, "offset", 0)
-        return self.weight[first : first + length]
+        return self.weight[first : first + embeds.shape[1]]
+
+
+class LSGComputedPositions:
+    """The same of positions that are computed from the ids, for texts of any length."""
+
+    weights: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A zero."""
+        return self.weights.new_zeros(())
+
+    def of_text(self, ids: torch.Tensor | None, embeds: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """As `LSGPositions.of_text`, by row; no rows are given."""
+        return super().forward(ids, embeds)  # type: ignore[misc]
 
 
 class LSGSelfAttention:
@@ -83,6 +100,7 @@ class LSGSelfAttention:
         query, key, value = (
             getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
         )
+        query, key = self.place(query, key, **kwargs)
         arguments, mask = self.config.attention_arguments, attention_mask[:, 0, 0]
         if promotion is not None:
             query, key, value = (promotion.insert(x) for x in (query, key, value))
@@ -112,9 +130,28 @@ class LSGSelfAttention:
             output = promotion.remove(output)
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
 
+    def place(self, query: torch.Tensor, key: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a family makes of queries and keys, (batch, heads, g + t, head_dim), by the places of their tokens."""
+        return query, key
+
     def finish(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """What a family's attention module does with its heads' outputs and its input, (batch, g + t, width) each."""
         return output
+
+
+class LSGRotaryAttention(LSGSelfAttention):
+    """Mixed into a self-attention that may have rotary positions.
+
+    `rotate` is the family's function of queries, keys, cosines and sines, of which `position_embeddings` are the last
+    two, (batch, g + t, head_dim) each, or None.
+    """
+
+    rotate: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]]
+
+    def place(
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (query, key) if position_embeddings is None else self.rotate(query, key, *position_embeddings)
 
 
 class LSGSeq2SeqAttention(LSGSelfAttention):
@@ -150,28 +187,54 @@ def strip_global_tokens(
     return torch.where(first[..., None], states[:, :1], text)
 
 
+class LSGFinalNorm(nn.LayerNorm):
+    """A LayerNorm behind the stack of layers, where what pads a batch is zeros: in half precision the deviation of such
+    a row would be infinite, and so would the gradient of the weight."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        scale, shift = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(states.to(dtype), self.normalized_shape, scale, shift, self.eps).to(states.dtype)
+
+
 class LSGEncoder:
     """Mixed into a family's stack of layers. The layers see a packed batch; what leaves the stack, for poolers and
-    heads, has the positions of the text."""
+    heads, has the positions of the text.
+
+    `token_arguments` names arguments of the stack's forward that are by row, or by token: (batch,) or (batch, t). A
+    global token has what the first token of its row has.
+    """
 
     config: Any
+    token_arguments: ClassVar[tuple[str, ...]] = ()
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
-        *args: Any,
-        packing: Packing | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, packing: Packing | None = None, **kwargs: Any
     ) -> Any:
+        g, length = self.config.num_global_tokens, hidden_states.shape[1]
+        for name in self.token_arguments:
+            text = kwargs[name].view(len(hidden_states), -1).expand(-1, length - g)
+            kwargs[name] = torch.cat([text[:, :1].expand(-1, g), text], dim=1)
+        if attention_mask.dtype != torch.bool:  # Some stock models extend even a mask that has four dimensions.
+            attention_mask = (attention_mask == 0)[:, 0, 0]
         if packing is None:
             past = kwargs.get("past")
             told = () if past is None else (past.first_token, past.length)
-            outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            outputs = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
             outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config, *told)
             return outputs
+        kwargs |= {name: packing.pack(kwargs[name]) for name in self.token_arguments}
+        if kwargs.get("position_embeddings") is not None:  # of rotary positions
+            kwargs["position_embeddings"] = tuple(map(packing.pack, kwargs["position_embeddings"]))
         states, kwargs["seqlens"] = packing.pack(hidden_states), packing.seqlens
-        outputs = super().forward(states, packing.mask, *args, **kwargs)  # type: ignore[misc]
+        outputs = super().forward(states, attention_mask=packing.mask, **kwargs)  # type: ignore[misc]
         states = packing.unpack(outputs.last_hidden_state)
         outputs["last_hidden_state"] = strip_global_tokens(states, self.config, packing.first_token)
         return outputs
+
+
+class LSGNamedEncoder(LSGEncoder):
+    """The same where the stock forward returns a tuple, if the configuration asks for one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs, return_dict=True)

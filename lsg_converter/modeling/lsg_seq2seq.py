@@ -44,14 +44,15 @@ class LSGSeq2SeqEncoder(LSGReader):
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
 
     def insert_global_tokens(self, arguments: dict[str, Any]) -> None:
-        text = arguments.get("inputs_embeds")
+        text, ids = arguments.get("inputs_embeds"), None
         if text is None:
-            text = self.embed_tokens(arguments.pop("input_ids"))  # type: ignore[attr-defined]
+            ids = arguments.pop("input_ids")
+            text = self.embed_tokens(ids)  # type: ignore[attr-defined]
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
         tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
         rows = arguments.pop("position_ids", None)
-        text = text + self.embed_positions(length=text.shape[1], rows=rows).to(text.device)  # type: ignore[attr-defined]
+        text = text + self.embed_positions.of_text(ids, text, rows).to(text.device)  # type: ignore[attr-defined]
         states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
         if packing is not None:
             states, arguments["attention_mask"] = packing.pack(states), packing.mask
@@ -62,7 +63,7 @@ class LSGSeq2SeqEncoder(LSGReader):
         config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
         if packing is not None:
             last = packing.unpack(last)
-        text = strip_global_tokens(last, config)
+        text = strip_global_tokens(last, config, None if packing is None else packing.first_token)
         if passes_global_tokens(config):
             g = config.num_global_tokens
             outputs["global_hidden_state"], text = last[:, :g], last[:, g:]
@@ -77,6 +78,8 @@ class LSGSeq2SeqModel(LSGWrapper):
     position_tables: ClassVar[tuple[str, ...]] = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
     global_table: ClassVar[str] = "encoder.global_embeddings.weight"
     global_token_type: ClassVar[bool] = False
+    global_types: ClassVar[tuple[str, ...]] = ()
+    required_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,0 +1,51 @@
+"""Small random checkpoints of the families for which no numbers are recorded, made when a test asks for one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsg_converter import families
+
+
+# The recorded family whose configuration and tokenizer serve, the class that is saved, and what differs.
+LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert_generation": ("bert", "BertGenerationEncoder", {"type_vocab_size": 0}),
+    "blenderbot": ("bart", "BlenderbotForConditionalGeneration", {}),
+    "blenderbot_small": ("bart", "BlenderbotSmallForConditionalGeneration", {}),
+    "data2vec_text": ("roberta", "Data2VecTextForMaskedLM", {}),
+    "ernie": ("bert", "ErnieForPreTraining", {"use_task_id": True}),
+    "esm": (
+        "roberta",
+        "EsmForMaskedLM",
+        {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4},
+    ),
+    "layoutlm": ("bert", "LayoutLMForMaskedLM", {}),
+    "m2m_100": ("bart", "M2M100ForConditionalGeneration", {"scale_embedding": True}),
+    "marian": ("pegasus", "MarianMTModel", {}),
+    "markuplm": ("roberta", "MarkupLMForTokenClassification", {}),
+    "plbart": ("bart", "PLBartForConditionalGeneration", {"scale_embedding": True}),
+    "roberta_prelayernorm": ("roberta", "RobertaPreLayerNormForMaskedLM", {}),
+    "xlm_roberta_xl": ("roberta", "XLMRobertaXLForMaskedLM", {}),
+    "xmod": ("roberta", "XmodForMaskedLM", {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"}),
+}
+
+
+def make_source(name: str, golden: Path, folder: Path) -> None:
+    """Save the family's checkpoint to `folder`; `golden` has those of the recorded families."""
+    like, architecture, changes = LIKE[name]
+    content = json.loads((golden / like / "source" / "config.json").read_text())
+    family = families.family(next(kind for kind in families.model_types() if kind.replace("-", "_") == name))
+    config_class = families.stock_class(family.config_class)
+    content = {**content, **changes, "model_type": config_class.model_type, "architectures": [architecture]}
+    torch.manual_seed(0)
+    model = families.stock_class(family.architectures[architecture])(config_class.from_dict(content))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # so that no bias is 0, and no scale 1
+            torch.nn.init.normal_(parameter, parameter.mean().item(), 0.35)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    for path in (golden / like / "source").glob("*token*.json"):
+        shutil.copy(path, folder)

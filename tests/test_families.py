@@ -1,0 +1,216 @@
+"""What is particular of a family, beside what the battery holds for all of them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import GOLDEN, Made, run_command
+from made import LIKE
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, EsmForMaskedLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from lsg_converter import ConversionOptions, convert, families
+from lsg_converter.options import SourceError
+
+
+SMALL = {"block_size": 4, "sparse_block_size": 4, "num_global_tokens": 2}
+
+
+def source_of(name, tmp_path, **changes):
+    """The source of a family, with changes to its configuration."""
+    source = Made(name, tmp_path).source
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**content, **changes}))
+    return source
+
+
+def lsg_of(name, tmp_path, *flags, **fields):
+    source, target = source_of(name, tmp_path), tmp_path / "lsg"
+    assert run_command(source, target, "--max_sequence_length", "1000", "--quiet", *flags) == 0
+    model = AutoModel.from_pretrained(target, trust_remote_code=True, dtype=torch.float64, **{**SMALL, **fields})
+    return model.eval(), AutoModel.from_pretrained(source, dtype=torch.float64).eval()
+
+
+def ids_of(rows, tokens):
+    return torch.randint(5, 120, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_a_model_type_is_that_of_transformers():
+    assert "m2m_100" in families.model_types() and "data2vec-text" in families.model_types()
+    assert len(families.model_types()) == len(list(families.MODELING.glob("modeling_lsg_*.py")))
+
+
+@pytest.mark.newest
+def test_what_is_refused_is_a_family():
+    assert set(families.REFUSED) <= {*CONFIG_MAPPING_NAMES} - {*families.model_types()}
+
+
+def test_a_refusal_says_why(tmp_path):
+    shutil.copytree(GOLDEN / "bert" / "source", tmp_path / "source")
+    content = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**content, "model_type": "roformer"}))
+    with pytest.raises(SourceError, match=r"'roformer' cannot be converted, for its rotary .*; give a model of one of"):
+        convert(ConversionOptions(initial_model=str(tmp_path / "source"), model_name=str(tmp_path / "lsg")))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "xmod" else pytest.mark.full) for name in LIKE]
+)
+def test_exact_and_causal_conversions_are_verified(name, tmp_path):
+    """In half precision, what the source gives; and, of a decoder, that nothing leaks and steps give the same."""
+    source = Made(name, tmp_path).source
+    flags = ["--max_sequence_length", "1000", "--quiet"]
+    assert run_command(source, tmp_path / "exact", *flags, "--exact", "--dtype", "bfloat16") == 0
+    report = json.loads((tmp_path / "exact" / "lsg_conversion.json").read_text())
+    assert any("tokens give what the source gives" in check["name"] for check in report["checks"])
+    family = families.family(json.loads((source / "config.json").read_text())["model_type"])
+    causal = [cls.__name__ for cls in family.architectures.values() if family.is_causal(cls)]
+    assert bool(causal) is family.config_class.has_causal_form
+    for architecture in causal:
+        assert (
+            run_command(source, tmp_path / "decoder", *flags, "--architecture", architecture.removeprefix("LSG")) == 0
+        )
+
+
+# The first rows of the table of global tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("ernie", ["token_type", "task_type"]),
+        ("layoutlm", ["token_type", *2 * ["x_position", "y_position"], "h_position", "w_position"]),
+        ("xlm_roberta_xl", []),
+    ],
+)
+def test_a_global_token_is_a_first_token(name, types, tmp_path):
+    """It carries what the family adds to a word and a position, and its LayerNorm, where there is one."""
+    model, stock = lsg_of(name, tmp_path, "--no_verify")
+    embeddings = stock.embeddings.state_dict()
+    first = model.special_positions(model.config)
+    row = embeddings["position_embeddings.weight"][first] + embeddings["word_embeddings.weight"][0 if first else 2]
+    row = row + sum(embeddings[f"{kind}_embeddings.weight"][0] for kind in types)
+    torch.testing.assert_close(model.embeddings.global_embeddings.weight[0], row, rtol=0, atol=1e-6)
+    inputs = {"bbox": torch.zeros(1, 3, 4, dtype=torch.int64)} if name == "layoutlm" else {}
+    states = model.embeddings(input_ids=ids_of(1, 3), **inputs)
+    table = model.embeddings.global_embeddings.weight[:2]
+    close(states[0, :2], getattr(model.embeddings, "LayerNorm", torch.nn.Identity())(table))
+
+
+# ESM: positions and masked tokens
+
+
+@pytest.mark.parametrize("kind", ["absolute", "rotary"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_learned_and_rotary_positions(kind, normed, tmp_path):
+    """ESM-1b and ESM-2. Tokens that are masked are counted among the text alone."""
+    config = AutoConfig.from_pretrained(Made("esm", tmp_path).source)
+    config.position_embedding_type, config.emb_layer_norm_before = kind, normed
+    torch.manual_seed(0)
+    stock = EsmForMaskedLM(config).double().eval()
+    stock.save_pretrained(tmp_path / "stock")
+    assert run_command(tmp_path / "stock", tmp_path / "lsg", "--max_sequence_length", "1000", "--quiet") == 0
+    model = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True, dtype=torch.float64, **SMALL).eval()
+    table = model.global_embeddings.weight
+    word = stock.esm.embeddings.word_embeddings.weight.mean(0)  # without a tokenizer
+    row = word if kind == "rotary" else word + stock.esm.embeddings.position_embeddings.weight[2]
+    torch.testing.assert_close(table[0], row, rtol=0, atol=1e-6)
+    ids = ids_of(2, 45)
+    ids[:, 3] = ids[0, 5] = config.mask_token_id
+    mask = torch.ones_like(ids)
+    mask[1, 20:], ids[1, 20:] = 0, config.pad_token_id
+    whole = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(model(ids[1:, :20]).last_hidden_state, whole[1:, :20], rtol=0, atol=1e-6)
+    moved = torch.nn.functional.pad(ids[1:, :20], (7, 0), value=config.pad_token_id)
+    left = model(moved, attention_mask=(moved != config.pad_token_id).long()).last_hidden_state
+    torch.testing.assert_close(left[:, 7:], whole[1:, :20], rtol=0, atol=1e-6)
+    model.config.num_global_tokens, model.config.full_attention_length = 0, 1000
+    expected, actual = (each(ids, attention_mask=mask).last_hidden_state for each in (stock.esm, model))
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-6)
+
+
+# X-MOD: languages
+
+
+def test_languages_by_row_and_by_token(tmp_path):
+    model, stock = lsg_of("xmod", tmp_path)
+    ids, mask = ids_of(3, 30), torch.ones(3, 30, dtype=torch.int64)
+    mask[0, 20:] = 0
+    languages = torch.tensor([0, 1, 1])
+    by_row = model(ids, languages, mask).last_hidden_state
+    close(model(ids, languages[:, None].expand(3, 30), mask).last_hidden_state, by_row)
+    close(model(ids[1:], attention_mask=mask[1:]).last_hidden_state, by_row[1:])  # the default
+    close(model(ids[:1, :20], languages[:1]).last_hidden_state, by_row[:1, :20])
+    assert not torch.allclose(model(ids, 1 - languages, mask).last_hidden_state, by_row, atol=1e-3)
+    by_token = (torch.arange(8) > 3).long().expand(3, 8)
+    model.config.num_global_tokens = 0
+    close(*(each(ids[:, :8], by_token).last_hidden_state for each in (model, stock)))
+
+
+def test_without_a_default_language(tmp_path):
+    source = source_of("xmod", tmp_path, default_language=None)
+    assert run_command(source, tmp_path / "lsg", "--max_sequence_length", "600", "--run_test", "--quiet") == 0
+    model = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True)
+    with pytest.raises(ValueError, match="Input language unknown"):
+        model(ids_of(1, 8))
+
+
+# Encoder-decoders: positions that are computed, two vocabularies
+
+
+def test_computed_positions_follow_the_padding_and_never_end(tmp_path):
+    model, stock = lsg_of("m2m_100", tmp_path, "--exact", num_global_tokens=0, full_attention_length=1000)
+    ids = ids_of(2, 700)
+    ids[0, :100] = model.config.pad_token_id
+    mask = (ids != model.config.pad_token_id).long()
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, 100:105]}
+    expected, actual = (each(**inputs) for each in (stock, model))
+    close(actual.encoder_last_hidden_state[mask.bool()], expected.encoder_last_hidden_state[mask.bool()])
+    close(actual.last_hidden_state, expected.last_hidden_state)
+    model.set_attn_implementation("eager")
+    model.config.full_attention_length = None
+    model.config.num_global_tokens = 1
+    model.config.pass_global_tokens_to_decoder = False
+    alone = model(ids[:1, 100:], decoder_input_ids=ids[:1, 100:105]).encoder_last_hidden_state
+    padded = model(ids[:1], attention_mask=mask[:1], decoder_input_ids=ids[:1, 100:105]).encoder_last_hidden_state
+    close(padded[:, 100:], alone)
+
+
+def test_words_of_two_languages(tmp_path):
+    """Marian may have a vocabulary, and embeddings, for each."""
+    config = AutoConfig.from_pretrained(Made("marian", tmp_path).source)
+    config.share_encoder_decoder_embeddings, config.decoder_vocab_size, config.tie_word_embeddings = False, 90, False
+    family = families.family("marian")
+    torch.manual_seed(0)
+    stock = families.stock_class(family.architectures["MarianMTModel"])(config).eval()
+    stock.save_pretrained(tmp_path / "two")
+    assert run_command(tmp_path / "two", tmp_path / "lsg", "--max_sequence_length", "1000", "--quiet") == 0
+    model = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True, num_global_tokens=0).eval()
+    inputs = {"input_ids": ids_of(2, 40), "decoder_input_ids": ids_of(2, 5) % 90}
+    torch.testing.assert_close(
+        model(**inputs).last_hidden_state, stock.model(**inputs).last_hidden_state, rtol=0, atol=1e-5
+    )
+    written = load_file(tmp_path / "lsg" / "model.safetensors")
+    assert written["model.encoder.embed_tokens.weight"].shape[0] == 120
+    assert written["model.decoder.embed_tokens.weight"].shape[0] == 90
+
+
+# Behind the layers
+
+
+def test_half_precision_trains_through_the_last_norm(tmp_path):
+    """What pads a batch is zeros there."""
+    model, stock = lsg_of("roberta_prelayernorm", tmp_path, "--no_verify")
+    states = torch.randn(2, 5, 16, dtype=torch.float64)
+    close(model.LayerNorm(states), stock.LayerNorm(states))
+    model.half().train()
+    ids, mask = ids_of(2, 30), torch.ones(2, 30)
+    mask[0, 3:] = 0
+    model(ids, attention_mask=mask).last_hidden_state.float().square().mean().backward()
+    assert model.LayerNorm.weight.grad.isfinite().all()
