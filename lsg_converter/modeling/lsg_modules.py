@@ -46,28 +46,26 @@ class LSGPositions:
 
     weight: torch.Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A zero."""
-        return self.weight.new_zeros(())
-
-    def of_text(self, ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
-        """The positions of a text, shape (t, width), by its embeddings, (batch, t, width), and its ids, where given."""
+    def forward(
+        self, *args: Any, text: torch.Tensor | None = None, ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The positions of a text, (t, width), by its embeddings, (batch, t, width), and its ids, where it was given by
+        these; without it, a zero."""
+        if text is None:
+            return self.weight.new_zeros(())
         first = getattr(self, "offset", 0)
-        return self.weight[first : first + embeds.shape[1]]
+        return self.weight[first : first + text.shape[1]]
 
 
 class LSGComputedPositions:
-    """The same of positions that are computed from the ids, for texts of any length."""
+    """The same of positions that are computed from the ids, for texts of any length: (batch, t, width)."""
 
     weights: torch.Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A zero."""
-        return self.weights.new_zeros(())
-
-    def of_text(self, ids: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
-        """As `LSGPositions.of_text`, by row."""
-        return super().forward(ids, embeds)  # type: ignore[misc]
+    def forward(
+        self, *args: Any, text: torch.Tensor | None = None, ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        return self.weights.new_zeros(()) if text is None else super().forward(ids, text)  # type: ignore[misc]
 
 
 class LSGSelfAttention:

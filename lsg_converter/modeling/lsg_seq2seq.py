@@ -51,7 +51,7 @@ class LSGSeq2SeqEncoder(LSGReader):
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
         tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
-        text = text + self.embed_positions.of_text(ids, text).to(text.device)  # type: ignore[attr-defined]
+        text = text + self.embed_positions(text=text, ids=ids).to(text.device)  # type: ignore[attr-defined]
         states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
         if packing is not None:
             states, arguments["attention_mask"] = packing.pack(states), packing.mask
