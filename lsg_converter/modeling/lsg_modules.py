@@ -46,31 +46,33 @@ class LSGPositions:
 
     weight: torch.Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A zero."""
-        return self.weight.new_zeros(())
-
-    def of_text(self, ids: torch.Tensor | None, embeds: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The positions of a text by its embeddings, (batch, t, width), and its ids, where given: shape (t, width); or,
-        where the rows of the table are given, (batch, t), those rows."""
+    def forward(
+        self,
+        *args: Any,
+        text: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The positions of a text, (t, width), by its embeddings, (batch, t, width), and its ids, where it was given by
+        these; or, where the rows of the table are given, (batch, t), those rows; without a text, a zero."""
+        if text is None:
+            return self.weight.new_zeros(())
         if rows is not None:
             return F.embedding(rows, self.weight)
         first = getattr(self, "offset", 0)
-        return self.weight[first : first + embeds.shape[1]]
+        return self.weight[first : first + text.shape[1]]
 
 
 class LSGComputedPositions:
-    """The same of positions that are computed from the ids, for texts of any length."""
+    """The same of positions that are computed from the ids, for texts of any length: (batch, t, width)."""
 
     weights: torch.Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A zero."""
-        return self.weights.new_zeros(())
-
-    def of_text(self, ids: torch.Tensor | None, embeds: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """As `LSGPositions.of_text`, by row; no rows are given."""
-        return super().forward(ids, embeds)  # type: ignore[misc]
+    def forward(
+        self, *args: Any, text: torch.Tensor | None = None, ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        return self.weights.new_zeros(()) if text is None else super().forward(ids, text)  # type: ignore[misc]
 
 
 class LSGSelfAttention:

@@ -52,7 +52,7 @@ class LSGSeq2SeqEncoder(LSGReader):
                 text = text * self.embed_scale  # type: ignore[attr-defined]
         tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
         rows = arguments.pop("position_ids", None)
-        text = text + self.embed_positions.of_text(ids, text, rows).to(text.device)  # type: ignore[attr-defined]
+        text = text + self.embed_positions(text=text, ids=ids, rows=rows).to(text.device)  # type: ignore[attr-defined]
         states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
         if packing is not None:
             states, arguments["attention_mask"] = packing.pack(states), packing.mask
