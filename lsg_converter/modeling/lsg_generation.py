@@ -183,6 +183,11 @@ def cached_attention(
     return output, (probabilities, probabilities.new_zeros(*query.shape[:2], g, probabilities.shape[3]))
 
 
+def repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values, (batch, heads, tokens, head_dim), of which each head serves several of the queries'."""
+    return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)
+
+
 def step_attention(
     query: torch.Tensor,
     global_states: tuple[torch.Tensor, torch.Tensor],
@@ -190,14 +195,17 @@ def step_attention(
     past: Past,
     first_query: torch.Tensor,
     arguments: dict[str, Any],
+    global_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What new tokens see: the global tokens, and of the cache, which holds them too, their windows.
 
     Args:
         query: of the new tokens, (batch, heads, n, head_dim).
-        global_states, cached: keys and values, (batch, heads, tokens, head_dim).
+        global_states, cached: keys and values, (batch, heads, tokens, head_dim); those of the cache may have fewer
+            heads, each of which serves several queries' heads.
         first_query: of the first token of the text, (batch, heads, head_dim).
         arguments: as in `cached_attention`.
+        global_mask: boolean, shape (batch, g): True where a global token may be attended to; None for all.
     """
     options = dict(arguments)
     dropout, kernel = options.pop("dropout"), options.pop("kernel")
@@ -208,6 +216,8 @@ def step_attention(
     attend = eager_kernel if kernel == "eager" else sdpa_kernel
     (rows, heads, new, head_dim), block, device = query.shape, layout.block_size, query.device
     g = global_states[0].shape[2]
+    if global_mask is None:
+        global_mask = past.mask.new_ones(rows, g)
     first = past.first_token
     if first is None:
         first = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -216,10 +226,11 @@ def step_attention(
 
     if isinstance(past.length, int) and past.length + new <= 2 * block:
         total = past.length + new
-        states = [torch.cat([x, y[:, :, :total]], dim=2) for x, y in zip(global_states, cached, strict=True)]
+        text = (repeat_heads(x[:, :, :total], heads) for x in cached)
+        states = [torch.cat([x, y], dim=2) for x, y in zip(global_states, text, strict=True)]
         behind = torch.arange(total, device=device) > past.length + torch.arange(new, device=device)[:, None]
         mask = past.mask[:, None, :total] & ~behind
-        mask = torch.cat([mask.new_ones(rows, new, g), mask], dim=2)[:, None]
+        mask = torch.cat([global_mask[:, None].expand(-1, new, -1), mask], dim=2)[:, None]
         return attend(query, states[0], states[1], mask, dropout)
 
     # The new tokens of a row lie in `num_blocks` blocks at most; a block sees those of `before` blocks in front of the
@@ -233,7 +244,7 @@ def step_attention(
     index = index.clamp(min=0, max=cached[0].shape[2] - 1)
     exists = exists & past.mask.gather(1, index.clamp(max=past.mask.shape[1] - 1))
     row = torch.arange(rows, device=device)[:, None]
-    seen = [x.transpose(1, 2)[row, index].transpose(1, 2) for x in cached]
+    seen = [repeat_heads(x.transpose(1, 2)[row, index].transpose(1, 2), heads) for x in cached]
 
     def windows(sequence: torch.Tensor, start: int, size: int, step: int) -> torch.Tensor:
         """What each block sees: (batch, heads, blocks, size, ...)."""
@@ -244,7 +255,7 @@ def step_attention(
     reach = block + place % block if new < block else block + torch.arange(block, device=device)[None]
     visible = torch.arange(2 * block, device=device) <= reach[..., None]
     local = windows(exists[:, None], before * block, 2 * block, block)
-    masks = [local.new_ones(rows, 1, 1, 1, g), local[:, :, :, None] & visible[:, None, None]]
+    masks = [global_mask[:, None, None, None], local[:, :, :, None] & visible[:, None, None]]
     parts: list[list[torch.Tensor]] = [
         [x[:, :, None].expand(-1, -1, num_blocks, -1, -1), windows(y, before * block, 2 * block, block)]
         for x, y in zip(global_states, seen, strict=True)

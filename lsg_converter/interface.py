@@ -1,0 +1,304 @@
+"""LSG attention for any model of Transformers whose attention goes through its `AttentionInterface`.
+
+A model hands over queries, keys and values, a mask of the keys, and what else its attention does. What LSG can honour
+it does; what it cannot raises, and names it.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .modeling.lsg_attention import sdpa_kernel
+from .modeling.lsg_generation import repeat_heads
+from .modeling.lsg_layout import Window, pad_to_multiple, take_windows
+from .text_attention import key_mask, lsg_arguments, text_attention
+
+
+logger = logging.get_logger(__name__)
+
+# What some models hand to their attention, and LSG has no place for.
+REFUSED = {
+    "position_bias": "it adds no bias to scores",
+    "softcap": "it does not cap scores",
+    "s_aux": "it has no attention sinks",
+    "sinks": "it has no attention sinks",
+    "indices": "it chooses its keys itself",
+    "block_indices": "it chooses its keys itself",
+    "cu_seq_lens_q": "it takes no texts that stand end to end",
+    "output_attentions": "it returns no probabilities",
+}
+# Parts of a name that Transformers takes for something else.
+RESERVED = ("flash", "sdpa", "eager", "flex", "paged", "/", ":", "|")
+
+
+def register_attention(name: str = "lsg", **fields: Any) -> None:
+    """Let models of Transformers have LSG attention: `from_pretrained(..., attn_implementation=name)`.
+
+    The first `num_global_tokens` tokens of a text serve as its global ones. Where the configuration of a model has a
+    dictionary `lsg`, the fields in it count before those given here. A converted checkpoint is not touched.
+
+    Args:
+        name: what the attention is called, in this process. To register a name again is to change its fields.
+        fields: `block_size`, `sparse_block_size`, `sparsity_factor`, `sparsity_type`, `num_global_tokens`,
+            `full_attention_length`, `lsh_num_pre_rounds`, `lsh_seed` and `attention_kernel`, as in the configuration of
+            a converted checkpoint; that kernel may be "eager" too.
+
+    Raises:
+        ValueError: where the name is taken or holds what Transformers reads as another attention, or a field is unknown
+            or not allowed.
+    """
+    reserved = next((part for part in RESERVED if part in name), None)
+    if reserved is not None:
+        raise ValueError(f"name: got {name!r}; Transformers takes {reserved!r} in it for another attention")
+    known = ALL_ATTENTION_FUNCTIONS.get(name)
+    if known is not None and getattr(known, "func", None) is not lsg_forward:
+        raise ValueError(f"name: got {name!r}, which is another attention; use a new one")
+    lsg_arguments(fields)
+    AttentionInterface.register(name, partial(lsg_forward, fields))
+    AttentionMaskInterface.register(name, text_mask)
+
+
+def lsg_forward(
+    fields: Mapping[str, Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What a model's attention module calls, as `AttentionInterface` has it.
+
+    Args:
+        fields: those of `register_attention`.
+        query, key, value: shape (batch, heads, tokens, head_dim); keys and values may have fewer heads and more tokens.
+        attention_mask: of the keys, as `key_mask` takes it: where `text_mask` made it, of the text so far.
+        sliding_window: tokens up to which a key may be away, this number not included.
+
+    Returns:
+        Shape (batch, tokens, heads, head_dim), and None in the place of probabilities.
+
+    Raises:
+        ValueError: where the model's attention does what LSG cannot.
+    """
+    for name, reason in REFUSED.items():
+        given = kwargs.get(name)
+        if given is not None and given is not False:
+            raise ValueError(f"{name}: {type(module).__name__} asks its attention for it; LSG cannot: {reason}")
+    if isinstance(kwargs.get("cache"), PagedAttentionCache):
+        raise ValueError("cache: LSG cannot read a paged one; use generate() without continuous batching")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries, keys = query.shape[2], key.shape[2]
+    mask = key_mask(attention_mask, key)
+    if causal and mask.shape[1] < keys:  # of a static cache, whose keys are yet to come
+        keys = mask.shape[1]
+        key, value = key[:, :, :keys], value[:, :, :keys]
+    dense = not causal and (keys != queries or is_cross_attention(module))
+    own = getattr(getattr(module, "config", None), "lsg", None) or {}
+    arguments = lsg_arguments({**fields, **own})
+    if sliding_window is not None and not dense:
+        reach = 2 * arguments["block_size"] + arguments["sparse_block_size"] * arguments["sparsity_factor"]
+        if sliding_window > reach:
+            logger.warning_once(
+                f"LSG attention: a layer keeps its sliding window of {sliding_window} tokens; LSG would look back "
+                f"{reach} at most"
+            )
+        mask = mask[:, mask.shape[1] - keys :]  # its cache forgets
+        output = sliding_attention(query, key, value, mask, sliding_window, causal, scaling, dropout)
+    elif mask.shape[1] != keys:
+        raise ValueError(
+            f"attention_mask: got {mask.shape[1]} tokens for {keys} keys in {type(module).__name__}; LSG needs the "
+            "keys of the whole text"
+        )
+    elif dense:
+        output = ordinary_attention(query, key, value, mask[:, None, None], scaling, dropout)
+    else:
+        output = text_attention(query, key, value, mask, causal=causal, scaling=scaling, dropout=dropout, **arguments)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def is_cross_attention(module: torch.nn.Module) -> bool:
+    """Whether a module, which is not causal, attends from one text to another."""
+    is_part_of_decoder = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    return is_part_of_decoder or getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
+
+
+def ordinary_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Softmax attention under a mask, (batch, 1, queries or 1, keys)."""
+    key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    if scaling is not None:
+        query = query * (scaling * query.shape[3] ** 0.5)
+    return sdpa_kernel(query, key, value, mask, dropout)[0]
+
+
+def sliding_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    window: int,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """What a layer with a sliding window has instead of LSG: a query sees the keys that are less than `window` away; in
+    the causal form those that are not behind it. The queries are the last of the keys' tokens. Its cost grows with the
+    length times the window."""
+    queries, keys = query.shape[2], key.shape[2]
+
+    def band(queries: int, keys: int, first_query: int) -> torch.Tensor:
+        """Which keys are near, by their places and those of queries that begin at that of `first_query`."""
+        query_place, key_place = (torch.arange(size, device=query.device) for size in (queries, keys))
+        distance = query_place[:, None] + first_query - key_place
+        return (distance < window) & (distance >= (0 if causal else 1 - window))
+
+    block = -(-max(window - 1, 1) // 16) * 16  # what is farther away than a block is not seen
+    if queries < keys or keys <= 2 * block:
+        keys = min(keys, queries + window - 1) if causal else keys
+        key, value, mask = key[:, :, -keys:], value[:, :, -keys:], mask[:, -keys:]
+        near = band(queries, keys, keys - queries)
+        return ordinary_attention(query, key, value, near & mask[:, None, None], scaling, dropout)
+    # Blocks join the batch.
+    seen = Window(offset=-block, size=(2 if causal else 3) * block, step=block)
+    num_blocks = -(-keys // block)
+    own = pad_to_multiple(query, block, dim=2).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+    seen_key, seen_value, seen_mask = (
+        take_windows(pad_to_multiple(x, block, dim=2), seen, num_blocks).transpose(1, 2).flatten(0, 1)
+        for x in (key, value, mask[:, None])
+    )
+    near = band(block, seen.size, block) & seen_mask[:, :, None]
+    output = ordinary_attention(own, seen_key, seen_value, near, scaling, dropout)
+    return output.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :keys]
+
+
+def text_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The mask that a model makes for its layers, as `AttentionMaskInterface` has it: that of the keys alone.
+
+    Returns:
+        Boolean, shape (batch, tokens): True where a token may be attended to; of all tokens of the text so far, also
+        where a cache holds fewer of them, or has room for more.
+
+    Raises:
+        ValueError: where the model hides more than padding, what comes after, and what is far away; or computes its
+            attention itself.
+    """
+    refuse_other_attention(config.__class__)
+    device = device if attention_mask is None else attention_mask.device
+    start = int(q_offset)
+    causal = mask_function is causal_mask_function
+    if not causal and mask_function is not bidirectional_mask_function:
+        if use_vmap:
+            raise ValueError(_other_mask("a function of its own says what is seen"))
+        causal = is_causal_mask(mask_function, batch_size, start, q_length, local_size, device)
+    tokens = start + q_length if causal else kv_offset + kv_length
+    if attention_mask is None:
+        return torch.ones(batch_size, tokens, dtype=torch.bool, device=device)
+    if attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}; it must be (batch, tokens of the cache and new "
+            f"ones), {(batch_size, tokens)}"
+        )
+    return attention_mask[:, :tokens].to(torch.bool)
+
+
+def is_causal_mask(
+    mask_function: Callable[..., Any],
+    batch_size: int,
+    start: int,
+    q_length: int,
+    local_size: int | None,
+    device: torch.device | str,
+) -> bool:
+    """Whether a mask function hides what comes after a query: tried at the keys beside each query, at the first one,
+    and at the edges of its window of `local_size` tokens.
+
+    Raises:
+        ValueError: where it is neither causal nor bidirectional, with or without a window.
+    """
+    row = torch.arange(batch_size, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+
+    def sees(ahead: int | None) -> bool | None:
+        """Whether queries see the keys so far ahead, or the first key: all, or none; None where there are none."""
+        place = torch.arange(start, start + q_length, device=device)
+        other = torch.zeros_like(place) if ahead is None else place + ahead
+        exists = (other >= 0) & (other < start + q_length)
+        place, other = place[exists], other[exists]
+        if not len(place):
+            return None
+        seen = mask_function(row, head, place[None], other[None])
+        if bool(seen.all()) == bool(seen.any()):
+            return bool(seen.all())
+        raise ValueError(_other_mask("some tokens see what others do not"))
+
+    after = sees(1)
+    causal = not after  # of one token it makes no difference
+    window = None if local_size is None else local_size if causal else local_size + 1
+    expected: dict[int | None, bool] = {0: True, -1: window is None or window > 1}
+    if window is None:
+        expected[None] = True
+    else:
+        expected |= {1 - window: True, -window: False}
+        if not causal:
+            expected |= {window - 1: True, window: False}
+    for ahead, expectation in expected.items():
+        seen = sees(ahead)
+        if seen is not None and seen is not expectation:
+            raise ValueError(_other_mask("what is near or far is not seen alike from everywhere"))
+    return causal
+
+
+def _other_mask(what: str) -> str:
+    return (
+        f"attention_mask: the model asks for one in which {what}, as for texts that stand end to end, for chunks, or "
+        'for a start that sees itself; LSG cannot follow it: use attn_implementation="sdpa"'
+    )
+
+
+@lru_cache
+def refuse_other_attention(config_class: Any) -> None:
+    """Raise where the model of a configuration does not go through `AttentionInterface`, and so would keep its own
+    attention without a word.
+
+    Raises:
+        ValueError: which names the model.
+    """
+    found: Any = MODEL_MAPPING.get(config_class, None)
+    for model in found if isinstance(found, tuple) else (found,) if found else ():
+        if not hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"):
+            raise ValueError(
+                f"attn_implementation: {model.__name__} computes its attention itself, and LSG cannot take its place; "
+                "leave it out, or put a layer of lsg_converter.layers into a model of your own"
+            )

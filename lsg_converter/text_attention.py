@@ -1,0 +1,223 @@
+"""LSG attention over a text alone, whose own first tokens serve as the global ones: for models that are not converted.
+
+The text begins at the first token of a row that is not masked, from which its blocks count. In the causal form its
+first tokens attend as in ordinary attention, so that no token looks ahead, and all that come after see them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields as dataclass_fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+
+from .modeling.lsg_attention import eager_kernel, lsg_attention, sdpa_kernel
+from .modeling.lsg_config import LSGConfig
+from .modeling.lsg_generation import Past, repeat_heads, step_attention
+from .options import first_line
+
+
+# What only models with global tokens of their own have.
+OF_A_MODEL = ("pool_with_global", "mask_first_token", "adaptive")
+# An additive mask that hides a token has less than this; a bias does not.
+HIDDEN = -1000.0
+
+
+class TextFields(LSGConfig, PreTrainedConfig):
+    """The fields of LSG attention without a model, by the rules of those with one."""
+
+
+FIELDS = tuple(item.name for item in dataclass_fields(LSGConfig) if item.name not in OF_A_MODEL)
+
+
+def lsg_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `text_attention` takes, of fields by their names in `FIELDS`. "attention_kernel" may be "eager" too.
+
+    Raises:
+        ValueError: where a field is unknown, or its value is not allowed.
+    """
+    unknown = sorted(fields.keys() - set(FIELDS))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no field of LSG attention; use {', '.join(FIELDS)}")
+    try:
+        return dict(_checked(tuple(sorted(fields.items()))))
+    except TypeError as error:  # of a value that cannot be hashed, and so is none
+        raise ValueError(f"fields of LSG attention: {first_line(error)}; use numbers and names") from None
+
+
+@lru_cache
+def _checked(fields: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    values = dict(fields)
+    eager = values.get("attention_kernel") == "eager"
+    if eager:
+        del values["attention_kernel"]
+    try:
+        config = TextFields(**values)
+    except Exception as error:  # of types and of rules, each by its own class
+        raise ValueError(first_line(error.__cause__ or error)) from None
+    arguments = config.attention_arguments
+    del arguments["causal"]
+    return tuple((arguments | {"kernel": "eager" if eager else config.attention_kernel or "sdpa"}).items())
+
+
+def key_mask(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
+    """Which keys may be attended to: boolean, shape (batch, tokens).
+
+    Args:
+        attention_mask: of shape (batch or 1, tokens) or (batch or 1, 1, 1, tokens): boolean or, of two dimensions, of
+            integers, where True or 1 is a token to attend to; or additive, 0 for those and very negative for others.
+        key: shape (batch, heads, tokens, head_dim).
+
+    Raises:
+        ValueError: where it has another shape, or is a bias.
+    """
+    if attention_mask is None:
+        return torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    shape = tuple(attention_mask.shape)
+    if not (len(shape) == 2 or (len(shape) == 4 and shape[1:3] == (1, 1))):
+        raise ValueError(
+            f"attention_mask: got shape {shape}; LSG attention takes one of the keys, (batch, tokens) or (batch, 1, 1, "
+            "tokens), and none for each query"
+        )
+    mask = attention_mask.reshape(shape[0], shape[-1])
+    if mask.is_floating_point():
+        kept = mask == 0
+        if bool((~kept & (mask > HIDDEN)).any()):
+            raise ValueError(
+                "attention_mask: got numbers that are neither 0 nor very negative; LSG attention adds no bias to scores"
+            )
+        mask = kept
+    elif mask.dtype != torch.bool and len(shape) == 4:
+        raise ValueError(f"attention_mask: got {mask.dtype} of four dimensions; use booleans, or numbers to be added")
+    return mask.to(device=key.device, dtype=torch.bool).expand(key.shape[0], -1)
+
+
+def text_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    causal: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    hide_first_token: bool = False,
+    num_global_tokens: int = 1,
+    kernel: str = "sdpa",
+    **arguments: Any,
+) -> torch.Tensor:
+    """Attend to a text, its first tokens being the global ones.
+
+    Args:
+        query: shape (batch, heads, queries, head_dim). In the causal form they may be the last ones of the text alone,
+            as in a step with a cache.
+        key: shape (batch, key heads, tokens, head_dim), where `heads` is a multiple of `key heads`.
+        value: as `key`; its head_dim may be another.
+        mask: boolean, shape (batch, tokens): True where a token may be attended to.
+        scaling: what scores are multiplied by; None for `1 / sqrt(head_dim)`.
+        hide_first_token: whether no token sees the first one.
+        arguments: as `lsg_attention` takes them.
+
+    Returns:
+        Shape (batch, heads, queries, head_dim of `value`). It means nothing at what pads a row.
+
+    Raises:
+        ValueError: where a shape does not fit, or a step cannot give what the whole text gives.
+    """
+    (batch, heads, queries, head_dim), (_, key_heads, length, _) = query.shape, key.shape
+    if mask.shape != (batch, length) or heads % key_heads or not (queries == length or (causal and queries < length)):
+        raise ValueError(
+            f"query, key and mask: got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(mask.shape)}; they must be "
+            "(batch, heads, tokens, head_dim), with as many heads or a part of them, and (batch, tokens)"
+        )
+    value_dim = value.shape[3]
+    width = max(head_dim, value_dim)
+    factor = (head_dim**-0.5 if scaling is None else scaling) * width**0.5
+    if not math.isclose(factor, 1):
+        query = query * factor
+    query, key, value = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (query, key, value))
+    options = arguments | {"num_global_tokens": min(num_global_tokens, length), "kernel": kernel, "dropout": dropout}
+
+    place = torch.arange(length, device=query.device)
+    first = mask.int().argmax(dim=1)  # 0 where all is masked
+    if hide_first_token:
+        mask = mask & (place != first[:, None])
+    if queries < length:
+        return attend_in_step(query, key, value, mask, first, options)[..., :value_dim]
+    key, value = (repeat_heads(x, heads) for x in (key, value))
+    starts_late = bool((first > 0).any())
+    if starts_late:
+        # What pads on the left goes behind.
+        index = (place + first[:, None]) % length
+        query, key, value = (take_tokens(x, index) for x in (query, key, value))
+        mask = mask.gather(1, index)
+    output, _ = lsg_attention(query, key, value, mask, causal=causal, **options)
+    g = options["num_global_tokens"]
+    if causal and g:
+        start = attend_to_the_start(query[:, :, :g], key[:, :, :g], value[:, :, :g], mask[:, :g], place[:g], options)
+        output = torch.cat([start, output[:, :, g:]], dim=2)
+    if starts_late:
+        output = take_tokens(output, (place - first[:, None]) % length)
+    return output[..., :value_dim]
+
+
+def take_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of (batch, heads, tokens, head_dim) the tokens of each row at `index`, (batch, n)."""
+    row = torch.arange(len(index), device=index.device)[:, None]
+    return states.transpose(1, 2)[row, index].transpose(1, 2)
+
+
+def attend_to_the_start(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    place: torch.Tensor,
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """Ordinary causal attention of queries, whose places are (batch or nothing, queries), to the first tokens."""
+    attend = eager_kernel if options["kernel"] == "eager" else sdpa_kernel
+    seen = torch.arange(key.shape[2], device=place.device) <= place[..., None]
+    seen = (seen if seen.dim() == 3 else seen[None]) & mask[:, None]
+    return attend(query, key, value, seen[:, None], options["dropout"])[0]
+
+
+def attend_in_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    first: torch.Tensor,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """What the last tokens of a text see in the causal form: the first ones, and a window of the keys. Shapes as in
+    `text_attention`; `first` is the place where each row's text begins."""
+    (_, heads, queries, _), length, g = query.shape, key.shape[2], options["num_global_tokens"]
+    kind, factor = options["sparsity_type"], options["sparsity_factor"]
+    if kind == "bos_pooling" or (kind == "lsh" and factor == options["sparse_block_size"]):
+        raise ValueError(
+            f"sparsity_type: got {kind!r}, which weighs by the first query, and a cache holds none; use another "
+            "sparsity_type, or use_cache=False"
+        )
+    place = length - queries + torch.arange(queries, device=query.device)
+    if length - g <= 2 * options["block_size"]:
+        return attend_to_the_start(query, repeat_heads(key, heads), repeat_heads(value, heads), mask, place, options)
+    index = first[:, None] + torch.arange(g, device=query.device)
+    index = index.clamp(max=length - 1)
+    start_key, start_value = (repeat_heads(take_tokens(x, index), heads) for x in (key, value))
+    start_mask = mask.gather(1, index)
+    text = first + g
+    text_mask = mask & (torch.arange(length, device=query.device) >= text[:, None])
+    past = Past(length - queries, text_mask, text, is_step=True)
+    output, _ = step_attention(
+        query, (start_key, start_value), (key, value), past, query[:, :, 0], options, global_mask=start_mask
+    )
+    place = place - first[:, None]
+    among = place < g
+    if bool(among.any()):  # in a row whose text has just begun
+        start = attend_to_the_start(query, start_key, start_value, start_mask, place, options)
+        output = torch.where(among[:, None, :, None], start, output)
+    return output
