@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .text_attention import key_mask, lsg_arguments, text_attention
+from .modeling.lsg_text import key_mask, lsg_arguments, text_attention
 
 
 class LSGAttention(nn.Module):

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lsg_converter import register_attention
-from lsg_converter.interface import is_cross_attention, lsg_forward, sliding_attention
+from lsg_converter.modeling.lsg_forward import is_cross_attention, lsg_forward, sliding_attention
 
 
 SIZES = {
@@ -262,15 +262,17 @@ def test_a_name_and_fields_that_are_not_allowed():
         register_attention("other")
     with pytest.raises(ValueError, match=r"^sparsity_type: got 'best'; allowed is one of none, norm"):
         register_attention("new", sparsity_type="best")
-    with pytest.raises(ValueError, match=r"^Field 'block_size' expected int, got str"):
+    with pytest.raises(ValueError, match=r"^block_size: got '8'; allowed is a whole number$"):
         register_attention("new", block_size="8")
     with pytest.raises(ValueError, match=r"^block: no field of LSG attention; use num_global_tokens"):
         register_attention("new", block=8)
     assert "new" not in AttentionInterface()
     with pytest.raises(ValueError, match=r"^block: no field of LSG attention"):
         states(model("Llama", lsg={"block": 8}), "Llama", *batch())
-    with pytest.raises(ValueError, match=r"^fields of LSG attention: unhashable .*; use numbers and names$"):
-        register_attention("new", block_size=[8])
+    with pytest.raises(ValueError, match=r"^attention_kernel: got 'best'; allowed is one of eager, cpu, .*, or none$"):
+        register_attention("new", attention_kernel="best")
+    with pytest.raises(ValueError, match=r"^lsg: got True in the configuration; it must be a dictionary"):
+        states(model("Llama", lsg=True), "Llama", *batch())
 
 
 @pytest.mark.newest

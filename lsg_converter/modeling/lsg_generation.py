@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from .lsg_attention import eager_kernel, sdpa_kernel
-from .lsg_layout import LSGLayout
 from .lsg_packing import Packing
-from .lsg_sparsity import sparsify
+from .lsg_step import step_attention
 
 
 CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
@@ -174,113 +172,11 @@ def cached_attention(
     first_query = layer.first_query
     if len(first_query) != len(query):
         first_query = first_query.repeat_interleave(len(query) // len(first_query), dim=0)
+    place = past.length, past.mask, past.first_token
     output, probabilities = step_attention(
-        text[0], (key[:, :, :g], value[:, :, :g]), cached, past, first_query, arguments
+        text[0], (key[:, :, :g], value[:, :, :g]), cached, *place, first_query, arguments
     )
     output = torch.cat([query[:, :, :g], output], dim=2)
     if probabilities is None:
         return output, None
     return output, (probabilities, probabilities.new_zeros(*query.shape[:2], g, probabilities.shape[3]))
-
-
-def repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """Keys or values, (batch, heads, tokens, head_dim), of which each head serves several of the queries'."""
-    return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)
-
-
-def step_attention(
-    query: torch.Tensor,
-    global_states: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    past: Past,
-    first_query: torch.Tensor,
-    arguments: dict[str, Any],
-    global_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What new tokens see: the global tokens, and of the cache, which holds them too, their windows.
-
-    Args:
-        query: of the new tokens, (batch, heads, n, head_dim).
-        global_states, cached: keys and values, (batch, heads, tokens, head_dim); those of the cache may have fewer
-            heads, each of which serves several queries' heads.
-        first_query: of the first token of the text, (batch, heads, head_dim).
-        arguments: as in `cached_attention`.
-        global_mask: boolean, shape (batch, g): True where a global token may be attended to; None for all.
-    """
-    options = dict(arguments)
-    dropout, kernel = options.pop("dropout"), options.pop("kernel")
-    sparsity = {name: options[name] for name in ("sparsity_type", "lsh_num_pre_rounds", "lsh_seed")}
-    sizes = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type")
-    layout = LSGLayout.from_fields(**{name: options[name] for name in sizes}, causal=True)
-    layout = layout._replace(num_global_tokens=0)
-    attend = eager_kernel if kernel == "eager" else sdpa_kernel
-    (rows, heads, new, head_dim), block, device = query.shape, layout.block_size, query.device
-    g = global_states[0].shape[2]
-    if global_mask is None:
-        global_mask = past.mask.new_ones(rows, g)
-    first = past.first_token
-    if first is None:
-        first = torch.zeros(rows, dtype=torch.int64, device=device)
-    # Counted from the first token of each row.
-    place = past.length + torch.arange(new, device=device) - first[:, None]
-
-    if isinstance(past.length, int) and past.length + new <= 2 * block:
-        total = past.length + new
-        text = (repeat_heads(x[:, :, :total], heads) for x in cached)
-        states = [torch.cat([x, y], dim=2) for x, y in zip(global_states, text, strict=True)]
-        behind = torch.arange(total, device=device) > past.length + torch.arange(new, device=device)[:, None]
-        mask = past.mask[:, None, :total] & ~behind
-        mask = torch.cat([global_mask[:, None].expand(-1, new, -1), mask], dim=2)[:, None]
-        return attend(query, states[0], states[1], mask, dropout)
-
-    # The new tokens of a row lie in `num_blocks` blocks at most; a block sees those of `before` blocks in front of the
-    # one before it through their sparse keys.
-    num_blocks = 1 if new == 1 else (new + block - 2) // block + 1
-    before = -(-layout.sparse_block_size * layout.sparsity_factor // block)
-    first_block = place[:, :1].div(block, rounding_mode="floor")
-    index = first[:, None] + (first_block - 1 - before) * block
-    index = index + torch.arange((before + 1 + num_blocks) * block, device=device)
-    exists = (index >= first[:, None]) & (index < past.length + new)
-    index = index.clamp(min=0, max=cached[0].shape[2] - 1)
-    exists = exists & past.mask.gather(1, index.clamp(max=past.mask.shape[1] - 1))
-    row = torch.arange(rows, device=device)[:, None]
-    seen = [repeat_heads(x.transpose(1, 2)[row, index].transpose(1, 2), heads) for x in cached]
-
-    def windows(sequence: torch.Tensor, start: int, size: int, step: int) -> torch.Tensor:
-        """What each block sees: (batch, heads, blocks, size, ...)."""
-        parts = sequence[:, :, start : start + (num_blocks - 1) * step + size].unfold(2, size, step)
-        return parts if sequence.dim() == 3 else parts.transpose(-1, -2)
-
-    # How far behind the start of the block before its own a key stands that a query still sees.
-    reach = block + place % block if new < block else block + torch.arange(block, device=device)[None]
-    visible = torch.arange(2 * block, device=device) <= reach[..., None]
-    local = windows(exists[:, None], before * block, 2 * block, block)
-    masks = [global_mask[:, None, None, None], local[:, :, :, None] & visible[:, None, None]]
-    parts: list[list[torch.Tensor]] = [
-        [x[:, :, None].expand(-1, -1, num_blocks, -1, -1), windows(y, before * block, 2 * block, block)]
-        for x, y in zip(global_states, seen, strict=True)
-    ]
-    key, value, mask = (x[:, :, : (before + num_blocks - 1) * block] for x in (*seen, exists[:, None]))
-    shortened = sparsify(first_query[:, :, None], key, value, mask, layout, **sparsity)
-    if shortened is not None and shortened.key is not None and shortened.value is not None:
-        size, step = layout.sparse_block_size, layout.sparse_step
-        start = before * step - size
-        masks.append(windows(shortened.mask, start, size, step)[:, :, :, None])
-        for part, merged in zip(parts, (shortened.key, shortened.value), strict=True):
-            part.append(windows(merged, start, size, step))
-    tile = visible.shape[1]
-    mask = torch.cat([x.expand(rows, heads, num_blocks, tile, -1) for x in masks], dim=-1).flatten(1, 2)
-    keys, values = (torch.cat(part, dim=3).flatten(1, 2) for part in parts)
-
-    # A query's place among those of the tiles: by its place in its block, or, where they are few, by its number.
-    column = place % block if new >= block else torch.arange(new, device=device)
-    slot = (place.div(block, rounding_mode="floor") - first_block) * tile + column
-    tiles = query.new_zeros(rows, num_blocks * tile, heads, head_dim).index_put((row, slot), query.transpose(1, 2))
-    queries = tiles.unflatten(1, (num_blocks, tile)).permute(0, 3, 1, 2, 4).flatten(1, 2)
-    output, probabilities = attend(queries, keys, values, mask, dropout)
-
-    def of_queries(states: torch.Tensor) -> torch.Tensor:
-        """(batch, heads * blocks, queries of a tile, n) to (batch, heads, new tokens, n)."""
-        return states.unflatten(1, (heads, num_blocks)).flatten(2, 3).transpose(1, 2)[row, slot].transpose(1, 2)
-
-    return of_queries(output), None if probabilities is None else of_queries(probabilities)

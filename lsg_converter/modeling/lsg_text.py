@@ -4,33 +4,35 @@ The text begins at the first token of a row that is not masked, from which its b
 first tokens attend as in ordinary attention, so that no token looks ahead, and all that come after see them.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import fields as dataclass_fields
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
 
-from .modeling.lsg_attention import eager_kernel, lsg_attention, sdpa_kernel
-from .modeling.lsg_config import LSGConfig
-from .modeling.lsg_generation import Past, repeat_heads, step_attention
-from .options import first_line
+from .lsg_attention import KERNELS, eager_kernel, lsg_attention, sdpa_kernel
+from .lsg_layout import require
+from .lsg_sparsity import SPARSITY_FIELDS, check_sparsity
+from .lsg_step import repeat_heads, step_attention
 
 
-# What only models with global tokens of their own have.
-OF_A_MODEL = ("pool_with_global", "mask_first_token", "adaptive")
+# The fields that say what is seen, and the types of each: a whole number, or a name, some of which may be none.
+NUMBER, NUMBER_OR_NONE, NAME_OR_NONE = (int,), (int, type(None)), (str, type(None))
+FIELDS: dict[str, tuple[type, ...]] = {
+    "num_global_tokens": NUMBER,
+    "block_size": NUMBER,
+    "sparse_block_size": NUMBER,
+    "sparsity_factor": NUMBER,
+    "sparsity_type": NAME_OR_NONE,
+    "full_attention_length": NUMBER_OR_NONE,
+    "lsh_num_pre_rounds": NUMBER,
+    "lsh_seed": NUMBER,
+    "attention_kernel": NAME_OR_NONE,
+}
 # An additive mask that hides a token has less than this; a bias does not.
 HIDDEN = -1000.0
-
-
-class TextFields(LSGConfig, PreTrainedConfig):
-    """The fields of LSG attention without a model, by the rules of those with one."""
-
-
-FIELDS = tuple(item.name for item in dataclass_fields(LSGConfig) if item.name not in OF_A_MODEL)
 
 
 def lsg_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,28 +41,20 @@ def lsg_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: where a field is unknown, or its value is not allowed.
     """
-    unknown = sorted(fields.keys() - set(FIELDS))
-    if unknown:
-        raise ValueError(f"{unknown[0]}: no field of LSG attention; use {', '.join(FIELDS)}")
-    try:
-        return dict(_checked(tuple(sorted(fields.items()))))
-    except TypeError as error:  # of a value that cannot be hashed, and so is none
-        raise ValueError(f"fields of LSG attention: {first_line(error)}; use numbers and names") from None
-
-
-@lru_cache
-def _checked(fields: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-    values = dict(fields)
-    eager = values.get("attention_kernel") == "eager"
-    if eager:
-        del values["attention_kernel"]
-    try:
-        config = TextFields(**values)
-    except Exception as error:  # of types and of rules, each by its own class
-        raise ValueError(first_line(error.__cause__ or error)) from None
-    arguments = config.attention_arguments
-    del arguments["causal"]
-    return tuple((arguments | {"kernel": "eager" if eager else config.attention_kernel or "sdpa"}).items())
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise ValueError(f"{name}: no field of LSG attention; use {', '.join(FIELDS)}")
+        words = "a name, or none" if str in FIELDS[name] else "a whole number"
+        require(name, value, type(value) in FIELDS[name], words)
+    parameters = inspect.signature(lsg_attention).parameters
+    arguments = {name: parameters[name].default for name in FIELDS if name in parameters} | dict(fields)
+    for name in ("num_global_tokens", "lsh_num_pre_rounds", "full_attention_length"):
+        require(name, arguments[name], (arguments[name] or 0) >= 0, "at least 0")
+    check_sparsity(**{name: arguments[name] for name in SPARSITY_FIELDS})
+    kernel = arguments.pop("attention_kernel", None)
+    known = ("eager", *KERNELS)
+    require("attention_kernel", kernel, kernel in (None, *known), f"one of {', '.join(known)}, or none")
+    return arguments | {"kernel": kernel or "sdpa"}
 
 
 def key_mask(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
@@ -211,9 +205,9 @@ def attend_in_step(
     start_mask = mask.gather(1, index)
     text = first + g
     text_mask = mask & (torch.arange(length, device=query.device) >= text[:, None])
-    past = Past(length - queries, text_mask, text, is_step=True)
+    past = length - queries, text_mask, text
     output, _ = step_attention(
-        query, (start_key, start_value), (key, value), past, query[:, :, 0], options, global_mask=start_mask
+        query, (start_key, start_value), (key, value), *past, query[:, :, 0], options, global_mask=start_mask
     )
     place = place - first[:, None]
     among = place < g
