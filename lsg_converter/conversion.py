@@ -24,6 +24,7 @@ from .companions import (
     write_companions,
     write_tokenizer,
 )
+from .export import check_export, export_onnx
 from .options import (
     MAX_SEQUENCE_LENGTH,
     ConversionOptions,
@@ -59,6 +60,8 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
     config = lsg_config(source)
     model = build(source, config)
     check_target(options, source)
+    if options.export == "onnx":
+        check_export(source, config)
     report = plan(source, config)
     if options.dry_run:
         return report
@@ -89,6 +92,9 @@ def convert(options: ConversionOptions, announce: verify.Announce = lambda step:
 
         if not options.no_verify:
             report.checks += verify.checks(source, config, folder, announce)
+        if options.export == "onnx":
+            with writing(options):
+                report.checks.append(export_onnx(source, folder, announce))
         if options.run_test:
             report.heads += verify.run_heads(source, folder, announce)
         announce("writing the card")

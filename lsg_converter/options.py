@@ -109,6 +109,10 @@ class ConversionOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata=_help("The dtype of the written weights; auto is the source's own.")
     )
+    export: Literal["none", "onnx"] = field(
+        default="none",
+        metadata=_help("Write an ONNX graph too, onnx/model.onnx, right at every length; encoders only."),
+    )
     revision: str | None = field(
         default=None, metadata=_help("The branch, tag or commit of a source on the Hub; its main branch unless given.")
     )

@@ -1,13 +1,16 @@
 """Graphs: one that is exported, from whatever dummy, is right at every length; `torch.compile` makes few."""
 
+import json
 import warnings
 
+import onnxruntime
 import pytest
 import torch
+from conftest import Golden, run_command
 from test_attention import arguments
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from lsg_converter.modeling.lsg_attention import lsg_attention
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
@@ -172,3 +175,35 @@ def test_compiling_makes_a_graph_for_short_texts_and_one_for_long_ones(model, dy
             compiled(*ids(40, batch))
     assert counter.frame_count == graphs + (dynamic is None)  # that one for batches of any size
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(["--exact"], marks=pytest.mark.full)], ids=str)
+def test_the_command_writes_a_graph(bert, tmp_path, flags):
+    target = tmp_path / "lsg"
+    flags = [*flags, "--max_sequence_length", "700", "--model_kwargs", "{'block_size': 32, 'sparse_block_size': 32}"]
+    flags += ["--architecture", "BertForMaskedLM"]
+    assert run_command(bert.source, target, "--export", "onnx", *flags) == 0
+    report = json.loads((target / "lsg_conversion.json").read_text())
+    assert any("onnx/model.onnx gives what the model gives, from 1 to 700" in x["name"] for x in report["checks"])
+    assert "onnx/model.onnx" in report["files"]
+    session = onnxruntime.InferenceSession(target / "onnx" / "model.onnx")
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert [x.name for x in session.get_inputs()] == tokenizer.model_input_names
+    model = AutoModelForMaskedLM.from_pretrained(target, trust_remote_code=True).eval()
+    texts = tokenizer(["a text " * 200, "another"], padding=True, return_tensors="pt")
+    logits = session.run(["logits"], {name: value.numpy() for name, value in texts.items()})[0]
+    with torch.no_grad():
+        expected = model(**texts).logits
+    mask = texts["attention_mask"] > 0
+    torch.testing.assert_close(torch.from_numpy(logits)[mask], expected[mask], rtol=0, atol=1e-4)
+
+
+def test_what_has_no_graph_is_refused(tmp_path, bert, capsys, monkeypatch):
+    target = tmp_path / "lsg"
+    for source, flags in ((Golden("bart").source, []), (bert.source, ["--architecture", "BertForMultipleChoice"])):
+        assert run_command(source, target, "--export", "onnx", *flags) == 2
+        assert "--export: got 'onnx' for LSGB" in capsys.readouterr().err
+    monkeypatch.setattr("lsg_converter.export.PACKAGES", ("onnx", "no_such_package"))
+    assert run_command(bert.source, target, "--export", "onnx") == 2
+    assert "needs no_such_package; pip install" in capsys.readouterr().err
+    assert not target.exists()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .lsg_attention import eager_kernel, sdpa_kernel
 from .lsg_layout import LSGLayout
@@ -47,6 +48,7 @@ def step_attention(
     g = global_states[0].shape[2]
     if global_mask is None:
         global_mask = text_mask.new_ones(rows, g)
+    in_line = first is None
     if first is None:
         first = torch.zeros(rows, dtype=torch.int64, device=device)
     # Counted from the first token of each row.
@@ -72,7 +74,14 @@ def step_attention(
     index = index.clamp(min=0, max=cached[0].shape[2] - 1)
     exists = exists & text_mask.gather(1, index.clamp(max=text_mask.shape[1] - 1))
     row = torch.arange(rows, device=device)[:, None]
-    seen = [repeat_heads(x.transpose(1, 2)[row, index].transpose(1, 2), heads) for x in cached]
+    if in_line and isinstance(length, int):
+        # The same place in all rows: a slice, with zeros for what does not exist.
+        start = (length // block - 1 - before) * block
+        end = start + index.shape[1]
+        seen = [F.pad(x, (0, 0, -start, end - x.shape[2])) for x in cached]
+    else:
+        seen = [x.transpose(1, 2)[row, index].transpose(1, 2) for x in cached]
+    seen = [repeat_heads(x, heads) for x in seen]
 
     def windows(sequence: torch.Tensor, start: int, size: int, step: int) -> torch.Tensor:
         """What each block sees: (batch, heads, blocks, size, ...)."""

@@ -203,12 +203,12 @@ def attend_in_step(
     index = index.clamp(max=length - 1)
     start_key, start_value = (repeat_heads(take_tokens(x, index), heads) for x in (key, value))
     start_mask = mask.gather(1, index)
-    text = first + g
-    text_mask = mask & (torch.arange(length, device=query.device) >= text[:, None])
-    past = length - queries, text_mask, text
-    output, _ = step_attention(
-        query, (start_key, start_value), (key, value), *past, query[:, :, 0], options, global_mask=start_mask
-    )
+    before, text = length - queries, first + g
+    if not bool(first.any()) and before >= g:
+        past = (key[:, :, g:], value[:, :, g:]), before - g, mask[:, g:], None
+    else:
+        past = (key, value), before, mask & (torch.arange(length, device=query.device) >= text[:, None]), text
+    output, _ = step_attention(query, (start_key, start_value), *past, query[:, :, 0], options, global_mask=start_mask)
     place = place - first[:, None]
     among = place < g
     if bool(among.any()):  # in a row whose text has just begun
