@@ -95,9 +95,10 @@ def test_a_step_gives_what_the_whole_text_gives(kind, g):
     """Of one token and of several, also where a row begins late, has just begun, or has a hole among its first ones."""
     q, k, v = states(40, batch=4)
     k, v = k[:, :2], v[:, :2]
-    mask = torch.ones(4, 40, dtype=torch.bool)
-    mask[1, :7] = mask[2, :19] = mask[3, 1] = False
-    for mask, hide in ((mask, False), (mask, True), (torch.ones_like(mask), False)):
+    whole_mask = torch.ones(4, 40, dtype=torch.bool)
+    padded = whole_mask.clone()
+    padded[1, :7] = padded[2, :19] = padded[3, 1] = False
+    for mask, hide in ((padded, False), (padded, True), (whole_mask, False)):
         attend = layer(sparsity_type=kind, is_causal=True, num_global_tokens=g, mask_first_token=hide)
         whole = attend(q, k, v, mask)
         for start, stop in ((1, 2), (8, 9), (9, 10), (20, 21), (20, 27), (21, 22), (12, 40), (39, 40)):
