@@ -73,7 +73,8 @@ def text_mask(
         ValueError: where the model hides more than padding, what comes after, and what is far away; or computes its
             attention itself.
     """
-    refuse_other_attention(config.__class__)
+    if not torch.compiler.is_compiling():
+        refuse_other_attention(config.__class__)
     device = device if attention_mask is None else attention_mask.device
     start = int(q_offset)
     causal = mask_function is causal_mask_function

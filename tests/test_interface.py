@@ -202,6 +202,16 @@ def test_a_bidirectional_llama():
 
 
 @pytest.mark.newest
+def test_a_model_compiles_as_one_graph():
+    network, (ids, mask) = model("Llama"), batch()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    output = compiled(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    expected = network(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(output * mask[..., None], expected * mask[..., None], rtol=0, atol=1e-10)
+    torch._dynamo.reset()
+
+
+@pytest.mark.newest
 @pytest.mark.parametrize("length", [20, 40])
 def test_an_encoder_decoder_keeps_its_cross_attention(length):
     """Also where both texts are of the same length. The rest is LSG, causal and not."""

@@ -146,6 +146,23 @@ def test_the_published_names():
     close(swapped.eval()(q, k, v, name=1), F.scaled_dot_product_attention(q, v, k))
 
 
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.full), True])
+def test_a_layer_compiles_to_two_graphs(causal):
+    """For short and for long texts of every length, with any padding."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    attend = layer(is_causal=causal)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    for length in (9, 30, 7):
+        q, k, v = states(length, batch=2)
+        mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
+        mask[1, ..., :3] = False
+        kept = mask[:, :, 0, :, None]
+        close(compiled(q, k, v, mask) * kept, attend(q, k, v, mask) * kept)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
 def test_errors_say_what_is_allowed():
     q, k, v = states(30)
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 1, 30, 30\); .*\(batch, 1, 1, tokens\)"):

@@ -5,7 +5,6 @@ first tokens attend as in ordinary attention, so that no token looks ahead, and 
 """
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +30,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "lsh_seed": NUMBER,
     "attention_kernel": NAME_OR_NONE,
 }
+_PARAMETERS = inspect.signature(lsg_attention).parameters
+DEFAULTS = {name: _PARAMETERS[name].default for name in FIELDS if name in _PARAMETERS}
 # An additive mask that hides a token has less than this; a bias does not.
 HIDDEN = -1000.0
 
@@ -46,8 +47,7 @@ def lsg_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: no field of LSG attention; use {', '.join(FIELDS)}")
         words = "a name, or none" if str in FIELDS[name] else "a whole number"
         require(name, value, type(value) in FIELDS[name], words)
-    parameters = inspect.signature(lsg_attention).parameters
-    arguments = {name: parameters[name].default for name in FIELDS if name in parameters} | dict(fields)
+    arguments = DEFAULTS | dict(fields)
     for name in ("num_global_tokens", "lsh_num_pre_rounds", "full_attention_length"):
         require(name, arguments[name], (arguments[name] or 0) >= 0, "at least 0")
     check_sparsity(**{name: arguments[name] for name in SPARSITY_FIELDS})
@@ -79,7 +79,7 @@ def key_mask(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Te
     mask = attention_mask.reshape(shape[0], shape[-1])
     if mask.is_floating_point():
         kept = mask == 0
-        if bool((~kept & (mask > HIDDEN)).any()):
+        if not torch.compiler.is_compiling() and bool((~kept & (mask > HIDDEN)).any()):
             raise ValueError(
                 "attention_mask: got numbers that are neither 0 nor very negative; LSG attention adds no bias to scores"
             )
@@ -130,7 +130,7 @@ def text_attention(
     value_dim = value.shape[3]
     width = max(head_dim, value_dim)
     factor = (head_dim**-0.5 if scaling is None else scaling) * width**0.5
-    if not math.isclose(factor, 1):
+    if abs(factor - 1) > 1e-9:
         query = query * factor
     query, key, value = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (query, key, value))
     options = arguments | {"num_global_tokens": min(num_global_tokens, length), "kernel": kernel, "dropout": dropout}
@@ -142,7 +142,7 @@ def text_attention(
     if queries < length:
         return attend_in_step(query, key, value, mask, first, options)[..., :value_dim]
     key, value = (repeat_heads(x, heads) for x in (key, value))
-    starts_late = bool((first > 0).any())
+    starts_late = may_be(first > 0)
     if starts_late:
         # What pads on the left goes behind.
         index = (place + first[:, None]) % length
@@ -156,6 +156,11 @@ def text_attention(
     if starts_late:
         output = take_tokens(output, (place - first[:, None]) % length)
     return output[..., :value_dim]
+
+
+def may_be(condition: torch.Tensor) -> bool:
+    """Whether it holds anywhere. A graph is not to depend on it, and does what is right in both cases."""
+    return torch.compiler.is_compiling() or bool(condition.any())
 
 
 def take_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -204,14 +209,14 @@ def attend_in_step(
     start_key, start_value = (repeat_heads(take_tokens(x, index), heads) for x in (key, value))
     start_mask = mask.gather(1, index)
     before, text = length - queries, first + g
-    if not bool(first.any()) and before >= g:
+    if before >= g and not may_be(first > 0):
         past = (key[:, :, g:], value[:, :, g:]), before - g, mask[:, g:], None
     else:
         past = (key, value), before, mask & (torch.arange(length, device=query.device) >= text[:, None]), text
     output, _ = step_attention(query, (start_key, start_value), *past, query[:, :, 0], options, global_mask=start_mask)
     place = place - first[:, None]
     among = place < g
-    if bool(among.any()):  # in a row whose text has just begun
+    if may_be(among):  # in a row whose text has just begun
         start = attend_to_the_start(query, start_key, start_value, start_mask, place, options)
         output = torch.where(among[:, None, :, None], start, output)
     return output
