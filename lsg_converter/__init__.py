@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import LSGConverter, convert
+    from .interface import register_attention
+    from .modeling.lsg_attention import lsg_attention
     from .modeling.lsg_encoder_decoder import LSGEncoderDecoderModel
     from .options import ConversionError, ConversionOptions
     from .report import ConversionReport
@@ -19,6 +21,8 @@ __all__ = [
     "LSGEncoderDecoderModel",
     "__version__",
     "convert",
+    "lsg_attention",
+    "register_attention",
 ]
 
 _MODULES = {
@@ -29,6 +33,8 @@ _MODULES = {
     "LSGEncoderDecoderModel": "modeling.lsg_encoder_decoder",
     "__version__": "version",
     "convert": "conversion",
+    "lsg_attention": "modeling.lsg_attention",
+    "register_attention": "interface",
 }
 
 

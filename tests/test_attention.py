@@ -365,7 +365,7 @@ def test_errors_say_what_is_allowed():
     *tensors, keep = inputs(30)
     with pytest.raises(ValueError, match=r"kernel: got 'flash'; use one of eager, sdpa, cpu, portable, triton"):
         lsg_attention(*tensors, keep, kernel="flash")
-    with pytest.raises(ValueError, match=r"sparsity_type: got 'best'; use one of none, norm"):
+    with pytest.raises(ValueError, match=r"sparsity_type: got 'best'; allowed is one of none, norm"):
         lsg_attention(*tensors, keep, **arguments((4, 4, 2), "best"))
     with pytest.raises(ValueError, match=r"attention_mask \(3, 31\); got .* and \(3, 30\)"):
         lsg_attention(*tensors, keep[:, 1:])

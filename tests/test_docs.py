@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from inspect import getsource
 from pathlib import Path
@@ -14,7 +15,15 @@ import tomllib
 import torch
 from conftest import GOLDEN, run_command
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from transformers import TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EuroBertConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    TrainingArguments,
+)
 
 from lsg_converter import ConversionError, cli, families
 from lsg_converter.modeling.lsg_attention import KERNELS
@@ -58,6 +67,20 @@ def lsg_bert(folder: Path) -> None:
     assert run_command(GOLDEN / "bert" / "source", folder, "--quiet", "--no_verify") == 0
 
 
+def random_model(config: type[PreTrainedConfig], auto: type = AutoModel) -> Callable[[Path], None]:
+    """A small one, with the tokenizer of the recorded BERT."""
+
+    def make(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "bert" / "source")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "mask_token_id": 4}
+        fields = {**sizes, **ids, "vocab_size": len(tokenizer), "head_dim": 8, "intermediate_size": 32}
+        auto.from_config(config(**fields)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return make
+
+
 # What the names in the pages stand for here: small models in folders of that name.
 SOURCES = {
     "bert-base-uncased": lambda folder: shutil.copytree(GOLDEN / "bert" / "source", folder),
@@ -66,6 +89,8 @@ SOURCES = {
     "sentence-transformers/all-MiniLM-L6-v2": sentence_model,
     "cross-encoder/ms-marco-MiniLM-L6-v2": cross_encoder,
     "lsg-bert-base-uncased": lsg_bert,
+    "EuroBERT/EuroBERT-210m": random_model(EuroBertConfig),
+    "Qwen/Qwen3-0.6B": random_model(Qwen3Config, AutoModelForCausalLM),
 }
 
 

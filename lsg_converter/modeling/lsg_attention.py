@@ -5,21 +5,21 @@ keys of the blocks `i - 1`, `i`, `i + 1`, and to the sparse keys on either side 
 gets ordinary full attention. In the causal form a text query sees no key behind it, and a global query none at all.
 """
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.utils import logging
 
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
-from .lsg_sparsity import sparsify
+from .lsg_sparsity import check_sparsity, sparsify
 from .lsg_triton import fused_attention, triton_serves
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # What `attn_implementation` may be, and the kernels that "sdpa" chooses from.
 ATTN_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -73,8 +73,8 @@ def lsg_attention(
         are no keys of the block `i + 1` and on the right, and those of the global queries are zero.
 
     Raises:
-        ValueError: where a shape does not fit, `kernel` or `sparsity_type` is unknown, a kernel takes no `seqlens`, or
-            a causal one is to give longer texts full attention.
+        ValueError: where a shape or a size does not fit, `kernel` or `sparsity_type` is unknown, a kernel takes no
+            `seqlens`, or a causal one is to give longer texts full attention.
     """
     batch, _, length, _ = query.shape
     if key.shape != query.shape or value.shape != query.shape or attention_mask.shape != (batch, length):
@@ -82,6 +82,7 @@ def lsg_attention(
             f"key and value must have the shape of query, {tuple(query.shape)}, and attention_mask {(batch, length)}; "
             f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(attention_mask.shape)}"
         )
+    check_sparsity(block_size, sparse_block_size, sparsity_factor, sparsity_type)
     sizes = num_global_tokens, block_size, sparse_block_size, sparsity_factor
     layout = LSGLayout.from_fields(*sizes, sparsity_type, full_attention_length, causal)
     kernel = choose_kernel(query, kernel, layout, dropout)
@@ -180,8 +181,14 @@ def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: 
     if reason is not None:
         raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open (attention_kernel=None)")
     if not torch.compiler.is_compiling():
-        logger.info_once(f"LSG attention: the {kernel!r} kernel, on {query.device.type}")
+        tell_kernel(kernel, query.device.type)
     return kernel
+
+
+@lru_cache
+def tell_kernel(kernel: str, device_type: str) -> None:
+    """Say which kernel runs, once."""
+    logger.info(f"LSG attention: the {kernel!r} kernel, on {device_type}")
 
 
 @lru_cache

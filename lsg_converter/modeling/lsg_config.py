@@ -8,8 +8,8 @@ from transformers.configuration_utils import strict
 from transformers.utils import logging
 
 from .lsg_attention import KERNELS
-from .lsg_layout import LSGLayout
-from .lsg_sparsity import SPARSITY_TYPES
+from .lsg_layout import LSGLayout, require as require_field
+from .lsg_sparsity import SPARSITY_FIELDS, check_sparsity
 
 
 logger = logging.get_logger(__name__)
@@ -95,19 +95,14 @@ class LSGConfig:
         Raises:
             ValueError: which names the field, what was got and what is allowed.
         """
-        block, sparse = self.block_size, self.sparse_block_size
-        factor, kind = self.sparsity_factor, self.sparsity_type
+        block, factor, kind = self.block_size, self.sparsity_factor, self.sparsity_type
         positions = getattr(self, "position_embedding_type", None)
 
         def require(field: str, holds: bool, allowed: str) -> None:
-            if not holds:
-                raise ValueError(f"{field}: got {getattr(self, field)!r}; allowed is {allowed}")
+            require_field(field, getattr(self, field, None), holds, allowed)
 
         require("num_global_tokens", 0 <= self.num_global_tokens <= MAX_GLOBAL_TOKENS, f"0 to {MAX_GLOBAL_TOKENS}")
-        require("block_size", block >= 1, "at least 1")
-        require("sparse_block_size", sparse >= 0, "at least 0, which means no sparse keys")
-        require("sparsity_factor", 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
-        require("sparsity_type", kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
+        check_sparsity(**{name: getattr(self, name) for name in SPARSITY_FIELDS})
         full, kernel = self.full_attention_length, self.attention_kernel
         require("full_attention_length", full is None or full >= 0, "a number of tokens, or none for two blocks")
         require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
@@ -134,15 +129,6 @@ class LSGConfig:
         allowed = " or ".join(map(repr, self.position_types))
         allowed += ": LSG has no relative positions"
         require("position_embedding_type", positions in (None, *self.position_types), allowed)
-        if self.layout.sparse_block_size:
-            chunk = self.layout.chunk_size
-            require("block_size", block % factor == 0, f"a multiple of sparsity_factor, {factor}")
-            if kind in ("norm", "lsh") and (chunk % factor or block % chunk):
-                sizes = [size for size in range(factor, block + 1, factor) if block % size == 0]
-                below, above = ([size for size in sizes if (size > chunk) is more] for more in (False, True))
-                nearest = " or ".join(map(str, below[-1:] + above[:1]))
-                allowed = f"{nearest}, nearest to it (a multiple of sparsity_factor that divides block_size)"
-                require("sparse_block_size", False, allowed)
         heads = getattr(self, "num_attention_heads", factor)
         if kind in ("stride", "block_stride") and factor > heads:
             logger.warning_once(f"sparsity_factor={factor} with {kind!r} and {heads} heads: no head keeps some tokens")

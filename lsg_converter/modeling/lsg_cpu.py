@@ -60,7 +60,7 @@ def cpu_attention(
     ]
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
     masks = attention_mask, sparse.mask.transpose(0, 1).flatten(1)
-    output = attention(*states, rows, *masks, seed, seqlens or [], list(layout), dropout)
+    output = attention(*states, rows, *masks, seed, seqlens or [], [int(x) for x in layout], dropout)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 

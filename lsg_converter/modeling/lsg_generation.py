@@ -9,13 +9,11 @@ over the whole text gives. It reads a window of the cache, however long the text
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from .lsg_attention import eager_kernel, sdpa_kernel
-from .lsg_layout import LSGLayout
 from .lsg_packing import Packing
-from .lsg_sparsity import sparsify, weighs_by_query
+from .lsg_sparsity import weighs_by_query
+from .lsg_step import step_attention
 
 
 CACHE_NAMES = ("past_key_values", "cache")  # "cache" from Transformers 5.24 on
@@ -167,22 +165,18 @@ def cached_attention(
     text = [x[:, :, g:] for x in new]
     cached = cache.update(text[1], text[2], layer_idx)
     first_query = text[0][:, :, 0]
-    if weighs_by_query(_layout(arguments), arguments["sparsity_type"]):
+    if weighs_by_query(*(arguments[name] for name in ("sparsity_type", "sparsity_factor", "sparse_block_size"))):
         first_query = find_first_query(cache.layers[layer_idx], text[0], cached[0], past)
     if not past.is_step:
         return None
+    place = past.length, past.mask, past.first_token
     output, probabilities = step_attention(
-        text[0], (key[:, :, :g], value[:, :, :g]), cached, past, first_query, arguments
+        text[0], (key[:, :, :g], value[:, :, :g]), cached, *place, first_query, arguments
     )
     output = torch.cat([query[:, :, :g], output], dim=2)
     if probabilities is None:
         return output, None
     return output, (probabilities, probabilities.new_zeros(*query.shape[:2], g, probabilities.shape[3]))
-
-
-def _layout(arguments: dict[str, Any]) -> LSGLayout:
-    sizes = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type")
-    return LSGLayout.from_fields(**{name: arguments[name] for name in sizes}, causal=True)
 
 
 def find_first_query(layer: Any, query: torch.Tensor, cached_key: torch.Tensor, past: Past) -> torch.Tensor:
@@ -218,100 +212,3 @@ def find_first_query(layer: Any, query: torch.Tensor, cached_key: torch.Tensor, 
             first_query = torch.where(past.length == 0, first_query, kept_query)
     layer.first_token = first_query, first_key
     return first_query
-
-
-def step_attention(
-    query: torch.Tensor,
-    global_states: tuple[torch.Tensor, torch.Tensor],
-    cached: tuple[torch.Tensor, torch.Tensor],
-    past: Past,
-    first_query: torch.Tensor,
-    arguments: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What new tokens see: the global tokens, and of the cache, which holds them too, their windows.
-
-    Args:
-        query: of the new tokens, (batch, heads, n, head_dim).
-        global_states, cached: keys and values, (batch, heads, tokens, head_dim).
-        first_query: of the first token of the text, (batch, heads, head_dim).
-        arguments: as in `cached_attention`.
-    """
-    options = dict(arguments)
-    dropout, kernel = options.pop("dropout"), options.pop("kernel")
-    sparsity = {name: options[name] for name in ("sparsity_type", "lsh_num_pre_rounds", "lsh_seed")}
-    layout = _layout(arguments)
-    layout = layout._replace(num_global_tokens=0)
-    attend = eager_kernel if kernel == "eager" else sdpa_kernel
-    (rows, heads, new, head_dim), block, device = query.shape, layout.block_size, query.device
-    g = global_states[0].shape[2]
-    first = past.first_token
-    if first is None:
-        first = torch.zeros(rows, dtype=torch.int64, device=device)
-    # Counted from the first token of each row.
-    place = past.length + torch.arange(new, device=device) - first[:, None]
-
-    if isinstance(past.length, int) and past.length + new <= 2 * block:
-        total = past.length + new
-        states = [torch.cat([x, y[:, :, :total]], dim=2) for x, y in zip(global_states, cached, strict=True)]
-        behind = torch.arange(total, device=device) > past.length + torch.arange(new, device=device)[:, None]
-        mask = past.mask[:, None, :total] & ~behind
-        mask = torch.cat([mask.new_ones(rows, new, g), mask], dim=2)[:, None]
-        return attend(query, states[0], states[1], mask, dropout)
-
-    # The new tokens of a row lie in `num_blocks` blocks at most; a block sees those of `before` blocks in front of the
-    # one before it through their sparse keys.
-    num_blocks = 1 if new == 1 else (new + block - 2) // block + 1
-    before = -(-layout.sparse_block_size * layout.sparsity_factor // block)
-    first_block = place[:, :1].div(block, rounding_mode="floor")
-    index = first[:, None] + (first_block - 1 - before) * block
-    index = index + torch.arange((before + 1 + num_blocks) * block, device=device)
-    exists = (index >= first[:, None]) & (index < past.length + new)
-    index = index.clamp(min=0, max=cached[0].shape[2] - 1)
-    exists = exists & past.mask.gather(1, index.clamp(max=past.mask.shape[1] - 1))
-    row = torch.arange(rows, device=device)[:, None]
-    if past.first_token is None and isinstance(past.length, int):
-        # The same place in all rows: a slice, with zeros for what does not exist.
-        start = (past.length // block - 1 - before) * block
-        end = start + index.shape[1]
-        seen = [F.pad(x, (0, 0, -start, end - x.shape[2])) for x in cached]
-    else:
-        seen = [x.transpose(1, 2)[row, index].transpose(1, 2) for x in cached]
-
-    def windows(sequence: torch.Tensor, start: int, size: int, step: int) -> torch.Tensor:
-        """What each block sees: (batch, heads, blocks, size, ...)."""
-        parts = sequence[:, :, start : start + (num_blocks - 1) * step + size].unfold(2, size, step)
-        return parts if sequence.dim() == 3 else parts.transpose(-1, -2)
-
-    # How far behind the start of the block before its own a key stands that a query still sees.
-    reach = block + place % block if new < block else block + torch.arange(block, device=device)[None]
-    visible = torch.arange(2 * block, device=device) <= reach[..., None]
-    local = windows(exists[:, None], before * block, 2 * block, block)
-    masks = [local.new_ones(rows, 1, 1, 1, g), local[:, :, :, None] & visible[:, None, None]]
-    parts: list[list[torch.Tensor]] = [
-        [x[:, :, None].expand(-1, -1, num_blocks, -1, -1), windows(y, before * block, 2 * block, block)]
-        for x, y in zip(global_states, seen, strict=True)
-    ]
-    key, value, mask = (x[:, :, : (before + num_blocks - 1) * block] for x in (*seen, exists[:, None]))
-    shortened = sparsify(first_query[:, :, None], key, value, mask, layout, **sparsity)
-    if shortened is not None and shortened.key is not None and shortened.value is not None:
-        size, step = layout.sparse_block_size, layout.sparse_step
-        start = before * step - size
-        masks.append(windows(shortened.mask, start, size, step)[:, :, :, None])
-        for part, merged in zip(parts, (shortened.key, shortened.value), strict=True):
-            part.append(windows(merged, start, size, step))
-    tile = visible.shape[1]
-    mask = torch.cat([x.expand(rows, heads, num_blocks, tile, -1) for x in masks], dim=-1).flatten(1, 2)
-    keys, values = (torch.cat(part, dim=3).flatten(1, 2) for part in parts)
-
-    # A query's place among those of the tiles: by its place in its block, or, where they are few, by its number.
-    column = place % block if new >= block else torch.arange(new, device=device)
-    slot = (place.div(block, rounding_mode="floor") - first_block) * tile + column
-    tiles = query.new_zeros(rows, num_blocks * tile, heads, head_dim).index_put((row, slot), query.transpose(1, 2))
-    queries = tiles.unflatten(1, (num_blocks, tile)).permute(0, 3, 1, 2, 4).flatten(1, 2)
-    output, probabilities = attend(queries, keys, values, mask, dropout)
-
-    def of_queries(states: torch.Tensor) -> torch.Tensor:
-        """(batch, heads * blocks, queries of a tile, n) to (batch, heads, new tokens, n)."""
-        return states.unflatten(1, (heads, num_blocks)).flatten(2, 3).transpose(1, 2)[row, slot].transpose(1, 2)
-
-    return of_queries(output), None if probabilities is None else of_queries(probabilities)

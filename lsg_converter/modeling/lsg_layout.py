@@ -8,7 +8,7 @@ this one up to each query, and the `S` sparse keys on the left.
 
 import hashlib
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,16 @@ def operator_namespace(module: str) -> str:
             break
         name = f"{first}_{number}"
     return name
+
+
+def require(field: str, value: Any, holds: bool, allowed: str) -> None:
+    """Raise, unless a field's value is allowed.
+
+    Raises:
+        ValueError: which names the field, what was got and what is allowed.
+    """
+    if not holds:
+        raise ValueError(f"{field}: got {value!r}; allowed is {allowed}")
 
 
 def is_exporting() -> bool:

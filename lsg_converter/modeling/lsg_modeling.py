@@ -188,9 +188,9 @@ class LSGReader(LSGPreTrained):
             positions is None
             or not (torch.compiler.is_compiling() or int(positions.max()) < config.max_position_embeddings)
         ):
-            behind = f" behind {past} in a cache" if past else ""
+            behind, more = (f" behind {past} in a cache", " more") if past else ("", "")
             raise ValueError(
-                f"input_ids: got a text of {length} tokens{behind}; this checkpoint has positions for {limit}; "
+                f"input_ids: got a text of {length} tokens{behind}; this checkpoint has positions for {limit}{more}; "
                 "truncate the text, or convert with a larger max_sequence_length"
             )
         if (

@@ -10,11 +10,36 @@ import math
 
 import torch
 
-from .lsg_layout import LSGLayout, SparseKeys, flat_rows, is_exporting, pad_to_multiple, take_rows
+from .lsg_layout import LSGLayout, SparseKeys, flat_rows, is_exporting, pad_to_multiple, require, take_rows
 from .lsg_triton import LARGEST_CHUNK, choose_largest_norm
 
 
 SPARSITY_TYPES = ("none", "norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh")
+SPARSITY_FIELDS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type")
+
+
+def check_sparsity(block_size: int, sparse_block_size: int, sparsity_factor: int, sparsity_type: str | None) -> None:
+    """Check the sizes of blocks and of what is made of them.
+
+    Raises:
+        ValueError: which names the field, what was got and what is allowed.
+    """
+    block, sparse, factor, kind = block_size, sparse_block_size, sparsity_factor, sparsity_type
+    require("block_size", block, block >= 1, "at least 1")
+    require("sparse_block_size", sparse, sparse >= 0, "at least 0, which means no sparse keys")
+    require("sparsity_factor", factor, 0 <= factor <= block, f"0 to block_size, {block}; 0 means no sparse keys")
+    require("sparsity_type", kind, kind in (None, *SPARSITY_TYPES), f"one of {', '.join(SPARSITY_TYPES)}")
+    layout = LSGLayout.from_fields(0, block, sparse, factor, kind)
+    if not layout.sparse_block_size:
+        return
+    chunk = layout.chunk_size
+    require("block_size", block, block % factor == 0, f"a multiple of sparsity_factor, {factor}")
+    if kind in ("norm", "lsh") and (chunk % factor or block % chunk):
+        sizes = [size for size in range(factor, block + 1, factor) if block % size == 0]
+        below, above = ([size for size in sizes if (size > chunk) is more] for more in (False, True))
+        nearest = " or ".join(map(str, below[-1:] + above[:1]))
+        allowed = f"{nearest}, nearest to it (a multiple of sparsity_factor that divides block_size)"
+        require("sparse_block_size", sparse, False, allowed)
 
 
 def sparsify(
@@ -64,18 +89,16 @@ def sparsify(
         return SparseKeys(text_mask, text_key, text_value)
     if sparsity_type == "pooling":
         return pool_mean(text_key, text_value, text_mask, factor)
-    if weighs_by_query(layout, sparsity_type):
+    if weighs_by_query(sparsity_type, factor, layout.sparse_block_size):
         return pool_by_query(text_key, text_value, text_mask, text_query[:, :, 0], factor)
     if sparsity_type == "lsh":
         return cluster_by_lsh(text_key, text_value, text_mask, layout, lsh_num_pre_rounds, lsh_seed)
     raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
 
 
-def weighs_by_query(layout: LSGLayout, sparsity_type: str | None) -> bool:
+def weighs_by_query(sparsity_type: str | None, sparsity_factor: int, sparse_block_size: int) -> bool:
     """Whether tokens are merged by the first query of the text."""
-    return sparsity_type == "bos_pooling" or (
-        sparsity_type == "lsh" and layout.sparsity_factor == layout.sparse_block_size
-    )
+    return sparsity_type == "bos_pooling" or (sparsity_type == "lsh" and sparsity_factor == sparse_block_size)
 
 
 def choose_tokens(
