@@ -66,8 +66,8 @@ def text_mask(
     """The mask that a model makes for its layers, as `AttentionMaskInterface` has it: that of the keys alone.
 
     Returns:
-        Boolean, shape (batch, tokens): True where a token may be attended to; of all tokens of the text so far, also
-        where a cache holds fewer of them, or has room for more.
+        Boolean, True where a token may be attended to. Of a causal model, shape (batch, tokens), of all tokens of the
+        text so far, also where a cache holds fewer of them, or has room for more. Else (batch, 1, 1, tokens).
 
     Raises:
         ValueError: where the model hides more than padding, what comes after, and what is far away; or computes its
@@ -84,13 +84,15 @@ def text_mask(
         causal = is_causal_mask(mask_function, batch_size, start, q_length, local_size, device)
     tokens = start + q_length if causal else kv_offset + kv_length
     if attention_mask is None:
-        return torch.ones(batch_size, tokens, dtype=torch.bool, device=device)
-    if attention_mask.shape[1] < tokens:
+        mask = torch.ones(batch_size, tokens, dtype=torch.bool, device=device)
+    elif attention_mask.shape[1] >= tokens:
+        mask = attention_mask[:, :tokens].to(torch.bool)
+    else:
         raise ValueError(
             f"attention_mask: got shape {tuple(attention_mask.shape)}; it must be (batch, tokens of the cache and new "
             f"ones), {(batch_size, tokens)}"
         )
-    return attention_mask[:, :tokens].to(torch.bool)
+    return mask if causal else mask[:, None, None]
 
 
 def is_causal_mask(

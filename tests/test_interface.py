@@ -33,6 +33,7 @@ ENCODERS = {
     "Gte": {},
     "Esm": {"position_embedding_type": "rotary"},
     "XLMRobertaXL": {},
+    "LayoutLM": {},  # whose modules do not say that they are not causal
 }
 DECODERS = {
     "GPT2": {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4},
@@ -40,7 +41,7 @@ DECODERS = {
     "Qwen3": {**GROUPED, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
 }
 # Positions that are learned count from the start of a batch, unless the model is given others.
-NEEDS_POSITIONS = ("GPT2", "Llama", "Qwen3")
+NEEDS_POSITIONS = ("GPT2", "Llama", "Qwen3", "LayoutLM")
 BLOCKS = {"block_size": 4, "sparse_block_size": 4}
 
 
@@ -199,6 +200,15 @@ def test_a_bidirectional_llama():
         network.set_attn_implementation("sdpa")
         torch.testing.assert_close(output * kept[..., None], states(network, "Llama", ids, kept) * kept[..., None])
         network.set_attn_implementation("lsg-long")
+
+
+@pytest.mark.newest
+def test_a_module_that_does_not_say_whether_it_is_causal():
+    q, k, v = torch.randn(3, 1, 4, 20, 8).unbind()
+    with pytest.raises(ValueError, match=r"^is_causal: Module does not say whether a token sees those behind it$"):
+        lsg_forward(BLOCKS, torch.nn.Module(), q, k, v, None)
+    output, _ = lsg_forward({}, torch.nn.Module(), q, k, v, None, is_causal=True)
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
 
 
 @pytest.mark.newest

@@ -49,7 +49,9 @@ def lsg_forward(
     Args:
         fields: by their names in `FIELDS`; those of a dictionary `lsg` in the model's configuration count before them.
         query, key, value: shape (batch, heads, tokens, head_dim); keys and values may have fewer heads and more tokens.
-        attention_mask: of the keys, as `key_mask` takes it, and of the text so far.
+        attention_mask: of the keys, as `key_mask` takes it, and of the text so far. One of four dimensions says all
+            that a query sees, so that it is not causal.
+        is_causal: whether a token sees none behind it; None for what the module says.
         sliding_window: tokens up to which a key may be away, this number not included.
 
     Returns:
@@ -64,7 +66,11 @@ def lsg_forward(
             raise ValueError(f"{name}: {type(module).__name__} asks its attention for it; LSG cannot: {reason}")
     if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
         raise ValueError("cache: LSG cannot read a paged one; use generate() without continuous batching")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if attention_mask is not None and attention_mask.dim() == 4:
+        causal = False
+    elif causal is None:
+        raise ValueError(f"is_causal: {type(module).__name__} does not say whether a token sees those behind it")
     queries, keys = query.shape[2], key.shape[2]
     mask = key_mask(attention_mask, key)
     if causal and mask.shape[1] < keys:  # of a static cache, whose keys are yet to come
