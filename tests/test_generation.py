@@ -257,7 +257,7 @@ def test_what_a_decoder_refuses(load):
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(3, 1\); beside a cache it must be .* \(3, 46\)"):
         model(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="got a text of 1000 tokens behind 45 in a cache; .* for 955 more"):
+    with pytest.raises(ValueError, match=r"got a text of 1000 tokens behind 45 in a cache; .* for 955 more"):
         model(torch.ones(3, 1000, dtype=torch.int64), past_key_values=cache)
 
 
