@@ -212,7 +212,6 @@ def test_two_devices(converted, golden, monkeypatch):
     assert seen
 
 
-@pytest.mark.made_families
 def test_device_map(converted, tmp_path):
     """What does not fit into memory lies on disk."""
     config = json.loads((converted / "config.json").read_text())
