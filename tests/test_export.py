@@ -181,7 +181,13 @@ def test_compiling_makes_a_graph_for_short_texts_and_one_for_long_ones(model, dy
         assert counter.frame_count == graphs
         for batch in (3, 4, 7):
             compiled(*ids(40, batch))
-    assert counter.frame_count == graphs + (dynamic is None)  # that one for batches of any size
+    graphs += dynamic is None  # that one for batches of any size
+    assert counter.frame_count == graphs
+    if dynamic:
+        model.train()
+        for length in (5, 61, 15, 17, 32, 100):
+            compiled(*ids(length)).sum().backward()
+        assert counter.frame_count == 2 * graphs
     torch._dynamo.reset()
 
 

@@ -109,7 +109,7 @@ class LSGSelfAttention:
             mask, seqlens = promotion.mask, promotion.seqlens
             arguments["num_global_tokens"] += promotion.copies
         dropout = getattr(self, self.dropout_name)
-        arguments["dropout"] = getattr(dropout, "p", dropout) if self.training else 0.0
+        arguments["dropout"] = (dropout.p if isinstance(dropout, nn.Module) else dropout) if self.training else 0.0
         prefix, cache = 0, given_cache(kwargs)
         if cache is None and (prefix_mask is not None or (past is not None and past.is_step)):
             raise ValueError("past_key_values: gradient checkpointing takes the cache away; train without it")
