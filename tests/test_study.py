@@ -186,14 +186,6 @@ def test_prose_of_a_file():
     ]  # fmt: skip
 
 
-@pytest.mark.full
-def test_the_built_in_corpus(model):
-    """500 documents of 2,048 tokens and more, of real text."""
-    texts = corpora.built_in()
-    longest = sorted(texts, key=len)[-200:]
-    assert sum(min(len(text.split()) // 2048, corpora.PIECES) for text in texts) >= 200 and len({*longest}) == 200
-
-
 def test_pairs_and_longembed(model, tmp_path, monkeypatch):
     """Queries that a corpus brings are taken, with all documents that answer them."""
     path = tmp_path / "pairs.jsonl"
