@@ -304,14 +304,8 @@ def globals_and_head(model):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize(
-    ("prepare", "learning_rate"),
-    [
-        (everything, 2e-4),
-        pytest.param(lora, 1e-2, marks=pytest.mark.full),
-        pytest.param(globals_and_head, 1e-2, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("prepare", "learning_rate"), [(everything, 2e-4), (lora, 1e-2), (globals_and_head, 1e-2)])
 def test_training_finds_evidence_beyond_token_512(lsg_minilm, prepare, learning_rate, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -118,6 +118,7 @@ def test_classification(models, data, tmp_path, capsys):
     assert row["loss"] == pytest.approx(rows["lsg"]["loss"], abs=1e-5) and row["accuracy"] == rows["lsg"]["accuracy"]
 
 
+@pytest.mark.full
 def test_many_labels_lists_of_paragraphs_and_other_settings(models, data, tmp_path):
     columns = ["--text_column_name", "paragraphs", "--label_column_name", "topics", "--systems", "lsg", "tfidf"]
     settings = ["--eval_sparsity_types", "none", "norm", "--eval_block_sizes", "128", "32"]
