@@ -38,6 +38,8 @@ def register_attention(name: str = "lsg", **fields: Any) -> None:
         ValueError: where the name is taken or holds what Transformers reads as another attention, or a field is unknown
             or not allowed.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name: got {name!r}; give a text, such as 'lsg'")
     reserved = next((part for part in RESERVED if part in name), None)
     if reserved is not None:
         raise ValueError(f"name: got {name!r}; Transformers takes {reserved!r} in it for another attention")

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from conftest import Golden, run_command
+from conftest import Golden, Made, run_command
 from test_attention import arguments
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
@@ -191,14 +191,23 @@ def test_compiling_makes_a_graph_for_short_texts_and_one_for_long_ones(model, dy
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--exact"], marks=pytest.mark.full)], ids=str)
-def test_the_command_writes_a_graph(bert, tmp_path, flags):
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("roberta", ["--position_init", "stretch"]),
+        pytest.param("roberta", ["--exact"], marks=pytest.mark.full),
+        pytest.param("bert", [], marks=pytest.mark.full),
+        pytest.param("bert", ["--exact", "--position_init", "stretch"], marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_the_command_writes_a_graph(name, tmp_path, flags):
     target = tmp_path / "lsg"
-    flags = [*flags, "--max_sequence_length", "700", "--model_kwargs", "{'block_size': 32, 'sparse_block_size': 32}"]
-    flags += ["--architecture", "BertForMaskedLM"]
-    assert run_command(bert.source, target, "--export", "onnx", *flags) == 0
+    flags = [*flags, "--max_sequence_length", "1024", "--model_kwargs", "{'block_size': 32, 'sparse_block_size': 32}"]
+    flags += ["--architecture", "BertForMaskedLM" if name == "bert" else "RobertaForMaskedLM"]
+    assert run_command(Golden(name).source, target, "--export", "onnx", *flags) == 0
     report = json.loads((target / "lsg_conversion.json").read_text())
-    assert any("onnx/model.onnx gives what the model gives, from 1 to 700" in x["name"] for x in report["checks"])
+    assert any("onnx/model.onnx gives what the model gives, from 1 to 1024" in x["name"] for x in report["checks"])
     assert "onnx/model.onnx" in report["files"]
     session = onnxruntime.InferenceSession(target / "onnx" / "model.onnx")
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -220,6 +229,8 @@ def test_what_has_no_graph_is_refused(tmp_path, bert, capsys, monkeypatch):
     for source, flags in ((Golden("bart").source, []), (bert.source, ["--architecture", "BertForMultipleChoice"])):
         assert run_command(source, target, "--export", "onnx", *flags) == 2
         assert "--export: got 'onnx' for LSGB" in capsys.readouterr().err
+    assert run_command(Made("layoutlm", tmp_path).source, target, "--export", "onnx") == 2
+    assert "which reads bbox beside the ids" in capsys.readouterr().err
     monkeypatch.setattr("lsg_converter.export.PACKAGES", ("onnx", "no_such_package"))
     assert run_command(bert.source, target, "--export", "onnx") == 2
     assert "needs no_such_package; pip install" in capsys.readouterr().err

@@ -64,6 +64,8 @@ def lsg_forward(
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise ValueError(f"{name}: {type(module).__name__} asks its attention for it; LSG cannot: {reason}")
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        raise ValueError("output_attentions: the configuration asks for it; LSG cannot: it returns no probabilities")
     if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
         raise ValueError("cache: LSG cannot read a paged one; use generate() without continuous batching")
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal

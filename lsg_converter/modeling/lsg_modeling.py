@@ -301,7 +301,8 @@ class LSGReader(LSGPreTrained):
             place = place + (0 if self.positions_follow_padding else prefix)
         text = mask[:, 0, 0, config.num_global_tokens :]
         length = ((place + 1) * text).amax(dim=1, keepdim=True).clamp(min=1)
-        step = (available // length).clamp(min=1, max=config.position_step)
+        step = torch.full_like(length, available).div(length, rounding_mode="floor")
+        step = step.clamp(min=1, max=config.position_step)
         return special + (place * step).clamp(min=-1, max=available - 1)
 
     def read_past(
@@ -382,7 +383,8 @@ def split_attentions(
         stop = prefix + config.num_global_tokens
         text = tuple(torch.cat([x[..., :prefix], x[..., stop:]], dim=-1) for x in text)
     if first_token is not None:
-        places = (torch.arange(length, device=text[0].device) - first_token[:, None]) % length
+        places = torch.arange(length, device=text[0].device) - first_token[:, None]
+        places = torch.where(places < 0, places + length, places)
         text = tuple(torch.take_along_dim(x, places[:, None, :, None], dim=2) for x in text)
         to_all = tuple(_with_places(x, places) for x in to_all)
         if full:

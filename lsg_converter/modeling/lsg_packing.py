@@ -67,8 +67,9 @@ def pack_batch(attention_mask: torch.Tensor, first_token: torch.Tensor | None, g
             return None
         tokens, shape = (rows + places)[kept], (1, sum(seqlens))
     elif first_token is not None:
-        # Padding on the left goes behind the text.
-        text = g + (first_token[:, None] + places[: length - g]) % (length - g)
+        # Padding on the left goes behind the text. (No remainder, which ONNX has not of a size that varies.)
+        text = g + first_token[:, None] + places[: length - g]
+        text = torch.where(text < length, text, text - (length - g))
         tokens = (rows + torch.cat([places[:g].expand(batch, -1), text], dim=1)).flatten()
         shape, seqlens = (batch, length), None
     else:

@@ -76,6 +76,8 @@ def key_mask(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Te
             f"attention_mask: got shape {shape}; LSG attention takes one of the keys, (batch, tokens) or (batch, 1, 1, "
             "tokens), and none for each query"
         )
+    if shape[0] not in (1, key.shape[0]):
+        raise ValueError(f"attention_mask: got {shape[0]} rows, for {key.shape[0]} texts; give a row for each, or one")
     mask = attention_mask.reshape(shape[0], shape[-1])
     if mask.is_floating_point():
         kept = mask == 0
@@ -121,6 +123,11 @@ def text_attention(
     Raises:
         ValueError: where a shape does not fit, or a step cannot give what the whole text gives.
     """
+    if query.dim() != 4 or key.dim() != 4 or not key.shape[2]:
+        raise ValueError(
+            f"query and key: got {tuple(query.shape)} and {tuple(key.shape)}; they must be (batch, heads, tokens, "
+            "head_dim), of one token or more"
+        )
     (batch, heads, queries, head_dim), (_, key_heads, length, _) = query.shape, key.shape
     if mask.shape != (batch, length) or heads % key_heads or not (queries == length or (causal and queries < length)):
         raise ValueError(
