@@ -294,7 +294,7 @@ class LSGReader(LSGPreTrained):
         config: Any = self.config  # type: ignore[attr-defined]
         special, available = self.special_positions(config), self.text_positions
         if self.positions_follow_padding and arguments.get("inputs_embeds") is None:
-            kept = tokens != config.pad_token_id
+            kept = (tokens != config.pad_token_id).long()
             place = (kept.cumsum(dim=1) + prefix) * kept - 1  # -1 where there is padding
         else:
             place = torch.arange(tokens.shape[1], device=tokens.device)
