@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .families import auto_class
 from .options import OptionError
 from .source import Source
-from .verify import Announce, Check, fitting, random_text, require
+from .verify import Announce, Check, fitting, random_text, require, tensors_of
 
 
 # Where Optimum and sentence-transformers look for a graph, and what they call it.
@@ -36,7 +36,7 @@ class NamedOutputs(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self.model(**dict(zip(self.inputs, tensors, strict=True)))
-        return tuple(value for value in outputs.values() if torch.is_tensor(value))
+        return tuple(tensors_of(outputs).values())
 
 
 def check_export(source: Source, config: Any) -> None:
@@ -80,7 +80,7 @@ def export_onnx(source: Source, folder: Path, announce: Announce) -> Check:
     # A size of one would be taken for a constant.
     tensors = batch(model, inputs, 2, min(16, source.options.max_sequence_length))
     with torch.no_grad():
-        outputs = [name for name, value in model(**tensors).items() if torch.is_tensor(value)]
+        outputs = list(tensors_of(model(**tensors)))
     axes = tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs)
     path = folder / GRAPH
     path.parent.mkdir()
@@ -124,7 +124,7 @@ def same_as_model(path: Path, model: PreTrainedModel, inputs: list[str], limit: 
         announce(f"reading {tokens} tokens with the graph")
         for rows in (1, 3):
             texts = batch(model, inputs, rows, tokens)
-            expected = [value for value in model(**texts).values() if torch.is_tensor(value)]
+            expected = tensors_of(model(**texts)).values()
             actual = session.run(None, {name: value.numpy() for name, value in texts.items()})
             mask = texts["attention_mask"] > 0
             for a, b in zip(map(torch.from_numpy, actual), expected, strict=True):

@@ -92,27 +92,10 @@ class LSGAttention(nn.Module):
 
 
 class BlockLocalAttention(LSGAttention):
-    """`LSGAttention` without sparse keys."""
+    """`LSGAttention` without sparse keys; the other arguments are the same."""
 
-    def __init__(
-        self,
-        block_size: int = 128,
-        *,
-        compute_global_attention: bool = True,
-        is_causal: bool = False,
-        attention_dropout_prob: float = 0.1,
-        mask_first_token: bool = False,
-        **fields: Any,
-    ) -> None:
-        super().__init__(
-            block_size,
-            compute_global_attention=compute_global_attention,
-            is_causal=is_causal,
-            attention_dropout_prob=attention_dropout_prob,
-            sparsity_type=None,
-            mask_first_token=mask_first_token,
-            **fields,
-        )
+    def __init__(self, block_size: int = 128, **arguments: Any) -> None:
+        super().__init__(block_size, sparsity_type=None, **arguments)
 
 
 Preprocess = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]

@@ -1,7 +1,7 @@
 """Prove a written checkpoint: load it from disk as a user would, and compare it with its source."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +259,11 @@ def inputs_of(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tens
     return {"input_ids": ids, **{name: ids.new_zeros(len(ids)) for name in names}}
 
 
+def tensors_of(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Those outputs of a model that are tensors, by their names."""
+    return {name: value for name, value in outputs.items() if torch.is_tensor(value)}
+
+
 def read(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
     """The states of a text, shape (rows, tokens, width), and, of an encoder-decoder, those of a few decoded tokens."""
     inputs = inputs_of(model, ids)
@@ -405,8 +410,8 @@ def run_head(name: str, model: PreTrainedModel, limit: int) -> HeadRun:
         if model.config.is_encoder_decoder:
             ids[:, -1] = model.config.eos_token_id  # where the classifying heads look
             inputs["decoder_input_ids"] = ids
-        outputs = [value for value in model(**inputs).values() if torch.is_tensor(value)]
-        total = torch.stack([output.float().mean() for output in outputs]).sum()
+        outputs = tensors_of(model(**inputs))
+        total = torch.stack([output.float().mean() for output in outputs.values()]).sum()
         require(bool(total.isfinite()), f"{name} gives values that are not finite")
         return total
 

@@ -15,6 +15,12 @@ def repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], dim=1)
 
 
+def take_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of (batch, heads, tokens, head_dim) the tokens of each row at `index`, (batch, n)."""
+    row = torch.arange(len(index), device=index.device)[:, None]
+    return states.transpose(1, 2)[row, index].transpose(1, 2)
+
+
 def step_attention(
     query: torch.Tensor,
     global_states: tuple[torch.Tensor, torch.Tensor],
@@ -73,14 +79,13 @@ def step_attention(
     exists = (index >= first[:, None]) & (index < length + new)
     index = index.clamp(min=0, max=cached[0].shape[2] - 1)
     exists = exists & text_mask.gather(1, index.clamp(max=text_mask.shape[1] - 1))
-    row = torch.arange(rows, device=device)[:, None]
     if in_line and isinstance(length, int):
         # The same place in all rows: a slice, with zeros for what does not exist.
         start = (length // block - 1 - before) * block
         end = start + index.shape[1]
         seen = [F.pad(x, (0, 0, -start, end - x.shape[2])) for x in cached]
     else:
-        seen = [x.transpose(1, 2)[row, index].transpose(1, 2) for x in cached]
+        seen = [take_tokens(x, index) for x in cached]
     seen = [repeat_heads(x, heads) for x in seen]
 
     def windows(sequence: torch.Tensor, start: int, size: int, step: int) -> torch.Tensor:
@@ -111,6 +116,7 @@ def step_attention(
 
     # A query's place among those of the tiles: by its place in its block, or, where they are few, by its number.
     column = place % block if new >= block else torch.arange(new, device=device)
+    row = torch.arange(rows, device=device)[:, None]
     slot = (place.div(block, rounding_mode="floor") - first_block) * tile + column
     tiles = query.new_zeros(rows, num_blocks * tile, heads, head_dim).index_put((row, slot), query.transpose(1, 2))
     queries = tiles.unflatten(1, (num_blocks, tile)).permute(0, 3, 1, 2, 4).flatten(1, 2)

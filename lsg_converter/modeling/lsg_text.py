@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .lsg_attention import KERNELS, eager_kernel, lsg_attention, sdpa_kernel
 from .lsg_layout import require
 from .lsg_sparsity import SPARSITY_FIELDS, check_sparsity, weighs_by_query
-from .lsg_step import repeat_heads, step_attention
+from .lsg_step import repeat_heads, step_attention, take_tokens
 
 
 # The fields that say what is seen, and the types of each: a whole number, or a name, some of which may be none.
@@ -168,12 +168,6 @@ def text_attention(
 def may_be(condition: torch.Tensor) -> bool:
     """Whether it holds anywhere. A graph is not to depend on it, and does what is right in both cases."""
     return torch.compiler.is_compiling() or bool(condition.any())
-
-
-def take_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Of (batch, heads, tokens, head_dim) the tokens of each row at `index`, (batch, n)."""
-    row = torch.arange(len(index), device=index.device)[:, None]
-    return states.transpose(1, 2)[row, index].transpose(1, 2)
 
 
 def attend_to_the_start(
