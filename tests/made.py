@@ -26,6 +26,7 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "m2m_100": ("bart", "M2M100ForConditionalGeneration", {"scale_embedding": True}),
     "marian": ("pegasus", "MarianMTModel", {}),
     "markuplm": ("roberta", "MarkupLMForTokenClassification", {}),
+    "mpnet": ("roberta", "MPNetForMaskedLM", {"relative_attention_num_buckets": 32}),
     "plbart": ("bart", "PLBartForConditionalGeneration", {"scale_embedding": True}),
     "roberta_prelayernorm": ("roberta", "RobertaPreLayerNormForMaskedLM", {}),
     "xlm_roberta_xl": ("roberta", "XLMRobertaXLForMaskedLM", {}),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 
+RELATIVE = ("mpnet",)
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
     "__main__": {"cli"},
@@ -33,9 +34,10 @@ BELOW = {
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": {"lsg_layout", "lsg_triton"},
     "modeling/lsg_cpu": {"lsg_layout"},
+    "modeling/lsg_bias": set(),
     "modeling/lsg_triton_kernels": set(),
     "modeling/lsg_triton": {"lsg_layout", "lsg_triton_kernels"},
-    "modeling/lsg_attention": {"lsg_cpu", "lsg_triton", "lsg_layout", "lsg_sparsity"},
+    "modeling/lsg_attention": {"lsg_bias", "lsg_cpu", "lsg_triton", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_config": {"lsg_attention", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_packing": {"lsg_cpu"},
     "modeling/lsg_classes": set(),
@@ -84,7 +86,7 @@ def test_arrows():
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).with_suffix("").as_posix()
         if name.startswith("modeling/modeling_lsg_"):
-            allowed = {"lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_seq2seq"}
+            allowed = {"lsg_bias", "lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_seq2seq"}
         elif name == "modeling/__init__":
             allowed = set()
         else:
@@ -103,8 +105,9 @@ def test_what_ships_imports_torch_and_transformers_alone():
 
 
 def test_a_family_states_facts():
+    relative = {f"modeling_lsg_{name}" for name in RELATIVE}  # which also say where their biases come from
     for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py"):
-        assert len(path.read_text().splitlines()) < 30, path
+        assert len(path.read_text().splitlines()) < (80 if path.stem in relative else 30), path
 
 
 def test_only_the_command_prints():

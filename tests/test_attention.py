@@ -93,6 +93,59 @@ def test_eager_agrees_with_the_specification(data, kind):
         close(output[i, :, : len(row)], expected, atol=1e-12)
 
 
+def biases(reach):
+    """A table of biases, by head."""
+    return torch.randn(HEADS, 2 * reach + 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lsh"])
+@given(data=st.data(), reach=st.integers(0, 40), causal=st.booleans())
+def test_a_bias_by_distance_agrees_with_the_specification(data, kind, reach, causal):
+    fields, rows = data.draw(batches(kind, max_rows=2))
+    g, block, sparse, factor, kind = fields.values()
+    keep = pad_sequence(rows, batch_first=True)
+    q, k, v = random_states(*keep.shape)
+    options = {"bias": biases(reach), "causal": causal}
+    output, _ = lsg_attention(q, *cover(keep, k, v), keep, **fields, **options, kernel="eager")
+    for i, row in enumerate(rows):
+        alone = (x[i, :, : len(row)] for x in (q, k, v))
+        expected = oracle.attention(*alone, row, g=g, block=block, sparse=sparse, factor=factor, kind=kind, **options)
+        close(output[i, :, : len(row)], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), reach=st.integers(0, 40), causal=st.booleans(), full=st.sampled_from([None, 13, 40]))
+def test_a_bias_by_distance_is_alike_in_all_kernels(data, kernel, kind, reach, causal, full):
+    """Also in its gradients."""
+    fields, rows = data.draw(batches(kind))
+    keep = pad_sequence(rows, batch_first=True)
+    weight = torch.randn(*keep.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = weight[:, None, :, None] * counts(keep)
+    options = fields | {"causal": causal, "full_attention_length": None if causal else full}
+    results = []
+    for name in ("eager", kernel):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*random_states(*keep.shape), biases(reach))]
+        output, _ = lsg_attention(*leaves[:3], keep, **options, bias=leaves[3], kernel=name)
+        (output * weight).sum().backward()
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        results.append([output.detach() * counts(keep), *grads])
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
+
+
+def test_places_of_merged_tokens():
+    """Those of clusters are the means of the places of their tokens, whichever rounds merged them."""
+    *tensors, keep = inputs(64, g=0, dtype=torch.float64)
+    key = tensors[1]
+    marks = torch.eye(64, dtype=torch.float64).expand(3, HEADS, -1, -1)  # as values: shares of tokens
+    options = {"sparsity_type": "lsh", "with_place": True}
+    layout = module.LSGLayout.from_fields(0, 16, 16, 4, "lsh")
+    sparse = module.sparsify(key, key, marks, keep[:, None], layout, **options)
+    expected = (sparse.value @ torch.arange(64, dtype=torch.float64)).round().long()
+    first = 64 * torch.arange(3)[:, None, None]
+    assert torch.equal((sparse.place - first)[sparse.mask], expected[sparse.mask])
+
+
 class Mask:
     """What dropout keeps, by row, head, query and key, whichever kernel asks. A key is a token or a sparse token."""
 

@@ -22,7 +22,7 @@ def test_lsh_gives_the_means_of_what_is_alike():
     keep = torch.ones(1, 1, 16, dtype=torch.bool)
     keep[..., 15] = False
     for rounds in (0, 1, 2):
-        kept, key, mean, _ = lsh(direction * sign, value, keep, rounds)
+        kept, key, mean, *_ = lsh(direction * sign, value, keep, rounds)
         assert key.shape == (1, 2, 8, 16) and kept.shape == (1, 2, 8)
         assert kept.unflatten(-1, (2, 4)).sum(-1).eq(2).all()
         for head in range(2):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .lsg_bias import distance_bias, full_bias
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
 from .lsg_sparsity import check_sparsity, sparsify
@@ -26,7 +27,8 @@ ATTN_IMPLEMENTATIONS = ("eager", "sdpa")
 KERNELS = ("cpu", "portable", "triton")
 
 Probabilities = tuple[torch.Tensor, torch.Tensor]
-# Softmax attention to all keys: of query, key, value, mask and dropout it gives output and probabilities.
+# Softmax attention to all keys: of query, key, value, mask, dropout and what is added to scores, it gives output and
+# probabilities.
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -48,6 +50,7 @@ def lsg_attention(
     dropout: float = 0.0,
     kernel: str = "sdpa",
     seqlens: list[int] | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
 
@@ -85,7 +88,7 @@ def lsg_attention(
     check_sparsity(block_size, sparse_block_size, sparsity_factor, sparsity_type)
     sizes = num_global_tokens, block_size, sparse_block_size, sparsity_factor
     layout = LSGLayout.from_fields(*sizes, sparsity_type, full_attention_length, causal)
-    kernel = choose_kernel(query, kernel, layout, dropout)
+    kernel = choose_kernel(query, kernel, layout, dropout, bias)
     if seqlens is not None and not (kernel == "cpu" and batch == 1 and sum(seqlens) == length):
         raise ValueError(
             f"seqlens: got {seqlens} for the {kernel!r} kernel and query of shape {tuple(query.shape)}; they go with "
@@ -99,7 +102,8 @@ def lsg_attention(
         if causal:
             place = torch.arange(length, device=query.device)
             mask = mask & ((place < g) | (place <= place[:, None]))
-        output, probabilities = attend(query, key, value, mask, dropout)
+        added = None if bias is None else full_bias(bias, g, length - g)
+        output, probabilities = attend(query, key, value, mask, dropout, added)
         if causal:
             output = torch.cat([query[:, :, :g], output[:, :, g:]], dim=2)
         if probabilities is None:
@@ -115,15 +119,16 @@ def lsg_attention(
         lsh_seed=lsh_seed,
         fused=kernel == "triton",
         in_place=kernel in ("cpu", "triton"),
+        with_place=bias is not None,
     )
     tokens = query, key, value, attention_mask[:, None]
     if kernel == "cpu":
         packed = sparsify_packed(tokens, seqlens or [length], layout, shorten)
-        return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout), None
+        return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout, bias), None
     sparse = shorten(*tokens)
     if kernel == "triton":
         return fused_attention(query, key, value, attention_mask, sparse, layout, dropout), None
-    return blockwise_attention(query, key, value, attention_mask, sparse, layout, dropout, attend)
+    return blockwise_attention(query, key, value, attention_mask, sparse, layout, dropout, attend, bias)
 
 
 def sparsify_packed(
@@ -140,8 +145,8 @@ def sparsify_packed(
         length = row[0].shape[2]
         sparse = None if layout.is_short(length - layout.num_global_tokens) else shorten(*row)
         if sparse is not None:
-            index = sparse.token_index
-            parts.append(sparse if index is None else sparse._replace(token_index=index + first))
+            places = {name: getattr(sparse, name) for name in ("token_index", "place")}
+            parts.append(sparse._replace(**{name: x + first for name, x in places.items() if x is not None}))
         first += length
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -149,7 +154,9 @@ def sparsify_packed(
     return SparseKeys(torch.cat(masks, dim=2), *(None if x[0] is None else torch.cat(x, dim=2) for x in states))
 
 
-def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: float = 0.0) -> str:
+def choose_kernel(
+    query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: float = 0.0, bias: torch.Tensor | None = None
+) -> str:
     """Which kernel computes the attention of texts of more than two blocks, if `kernel` is asked for.
 
     "sdpa" leaves the choice: "cpu" (`lsg_cpu`) on a CPU, row by row and block by block; "triton" (`lsg_triton`) on a
@@ -157,7 +164,7 @@ def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: 
     attention on all blocks at once.
 
     Args:
-        query, dropout: as `lsg_attention` takes them.
+        query, dropout, bias: as `lsg_attention` takes them.
 
     Raises:
         ValueError: where `kernel` is unknown, or cannot run here.
@@ -170,14 +177,14 @@ def choose_kernel(query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: 
         kernel = "portable"
         if cpu_kernel_serves(query):
             kernel = "cpu"
-        elif triton_serves(query, layout) is None and not is_exporting():
+        elif bias is None and triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
             fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0)
             kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
     elif kernel == "triton":
-        reason = triton_serves(query, layout)
+        reason = triton_serves(query, layout) if bias is None else "it takes no bias"
     if reason is not None:
         raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open (attention_kernel=None)")
     if not torch.compiler.is_compiling():
@@ -257,6 +264,7 @@ def blockwise_attention(
     layout: LSGLayout,
     dropout: float,
     attend: Attend,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """LSG attention by a call of `attend` for the text, and one for the globals: the form for every device, for
     compiling and for export. What each block sees is gathered, all blocks at once. Shapes as in `lsg_attention`."""
@@ -290,7 +298,11 @@ def blockwise_attention(
         column, row = (torch.arange(size, device=query.device) for size in (seen_mask.shape[2], layout.block_size))
         own = column - g - layout.block_size  # the place in the block of the keys of its own tokens
         block_mask = block_mask & ((own <= row[:, None]) | (own >= layout.block_size))
-    text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout)
+    added = None
+    if bias is not None:
+        place = None if sparse is None else sparse.place
+        added = blockwise_bias(bias, place, layout, num_blocks, length).expand(len(query), -1, -1, -1, -1).flatten(1, 2)
+    text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout, added)
     text_output = take_first(text_output.view(text_query.shape), length - g)
 
     if layout.causal:
@@ -318,7 +330,8 @@ def blockwise_attention(
     start = [take_first(x, stop) for x in (query, key, value)]
     # In an exported graph the text may end before `stop`.
     start_mask = take_first(mask, stop) & (torch.arange(stop, device=query.device) < length)
-    full_output, _ = attend(*start, start_mask[:, :, None], dropout)
+    added = None if bias is None else full_bias(bias, g, stop - g)
+    full_output, _ = attend(*start, start_mask[:, :, None], dropout, added)
     output = torch.where(short, full_output.index_select(2, place.clamp(max=stop - 1)), output)
     if probabilities is not None:
         other_keys = short & goes_on(g + 2 * layout.block_size)
@@ -326,11 +339,45 @@ def blockwise_attention(
     return output, probabilities
 
 
+def blockwise_bias(
+    bias: torch.Tensor, sparse_place: torch.Tensor | None, layout: LSGLayout, num_blocks: int, length: int
+) -> torch.Tensor:
+    """What is added to the scores of each block of queries with the keys that it sees.
+
+    Args:
+        bias: shape (heads, 2 * reach + 1).
+        sparse_place: of the sparse keys, as `SparseKeys` has it.
+        length: the tokens of a row, the globals included.
+
+    Returns:
+        Shape (batch or 1, heads, blocks, block_size, keys).
+    """
+    g, block = layout.num_global_tokens, layout.block_size
+    window, place = layout.local_window, torch.arange(block, device=bias.device)
+    key_place = window.offset + torch.arange(window.size, device=bias.device)
+    local = F.pad(distance_bias(bias, (place[:, None] - key_place)[None, None]), (g, 0))
+    if sparse_place is None:
+        return local.expand(-1, num_blocks, -1, -1)[None]
+    batch = sparse_place.shape[0]
+    first = length * torch.arange(batch, device=bias.device)[:, None, None] + g
+    seen = [take_windows(sparse_place - first, window, num_blocks) for window in layout.sparse_windows]
+    start = block * torch.arange(num_blocks, device=bias.device)[:, None, None]
+    distance = start + place[:, None] - torch.cat(seen, dim=3)[:, :, :, None]
+    return torch.cat([local.expand(batch, -1, num_blocks, -1, -1), distance_bias(bias, distance)], dim=-1)
+
+
 def eager_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax attention, step by step; `mask` is (batch, heads or 1, 1, keys)."""
+    """Softmax attention, step by step; `mask` is (batch, heads or 1, 1, keys), `bias` (..., heads, queries, keys)."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     probabilities = probabilities.masked_fill(~mask, 0).to(value.dtype)
@@ -338,7 +385,14 @@ def eager_kernel(
 
 
 def sdpa_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same by torch's fused attention, which keeps no scores. (With dropout on a CPU torch has no fused form.)"""
+    if bias is not None:
+        mask = bias.to(query.dtype).masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None

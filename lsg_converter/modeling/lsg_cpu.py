@@ -20,6 +20,7 @@ from .lsg_layout import LSGLayout, SparseKeys, Window, flat_rows, is_exporting, 
 TOKENS, SPARSE = 1, 3  # the numbers of the tensors of keys in `TiledAttention`
 MAX_SCORES = 2**18  # of one head in a tile, unless a block of text sees more
 THREAD_SCORES = 2**19  # of several heads at a time, for each thread: 2 MiB in float32 stay in most caches
+MAX_KINDS = 8  # of tiles whose biases by distance are kept
 POOL_STARTS = 2**16  # places where a tile's random bits may begin
 
 
@@ -37,6 +38,7 @@ def cpu_attention(
     seqlens: list[int] | None,
     layout: LSGLayout,
     dropout: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
 
@@ -46,6 +48,7 @@ def cpu_attention(
         attention_mask: boolean, shape (batch, tokens).
         sparse: the sparse keys of the rows; of those that are not short, end to end, where `seqlens` is given.
         seqlens: where a batch of one holds rows end to end, the tokens of each, the globals included.
+        bias: added by distance, shape (heads, 2 * reach + 1); then `sparse` says the places of its keys.
 
     Returns:
         The shape of `query`; zero where a query has no key, and behind the last token of a row that is not masked.
@@ -59,8 +62,9 @@ def cpu_attention(
         for x in (query, key, value, sparse.key, sparse.value)
     ]
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
+    place = None if bias is None or sparse.place is None else sparse.place.transpose(0, 1).flatten(1)
     masks = attention_mask, sparse.mask.transpose(0, 1).flatten(1)
-    output = attention(*states, rows, *masks, seed, seqlens or [], [int(x) for x in layout], dropout)
+    output = attention(*states, bias, rows, *masks, place, seed, seqlens or [], [int(x) for x in layout], dropout)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
@@ -73,14 +77,17 @@ class KeyRange(NamedTuple):
 
 
 class Tile:
-    """The queries `[start, stop)` and the keys that all of them see; `masked` where some of these are masked.
+    """The queries `[start, stop)` and the keys that all of them see; `masked` where some of these are masked. The text
+    of their row begins at `text`.
 
     In a causal one, a query sees no key of the tile's own tokens that is behind it. One without keys gives back its
     queries, as those of causal global tokens.
     """
 
-    def __init__(self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool, causal: bool = False) -> None:
-        self.start, self.stop, self.key_ranges, self.masked = start, stop, key_ranges, masked
+    def __init__(
+        self, start: int, stop: int, key_ranges: list[KeyRange], masked: bool, text: int, causal: bool = False
+    ) -> None:
+        self.start, self.stop, self.key_ranges, self.masked, self.text = start, stop, key_ranges, masked, text
         self.sizes = [keys.stop - keys.start for keys in key_ranges]
         # In a causal tile: the column of its first own token.
         self.diagonal = sum(self.sizes[: key_ranges.index(KeyRange(TOKENS, start, stop))]) if causal else None
@@ -113,10 +120,10 @@ def list_tiles(
         # Queries that see the whole row: all of a short one, else the globals.
         row_stop, step = stop if short else text, max(MAX_SCORES // max(stop - start, 1), 1)
         if layout.causal and g:
-            yield Tile(start, text, [], masked)
+            yield Tile(start, text, [], masked, text)
         else:
             for query in range(start, row_stop, step):
-                yield Tile(query, min(query + step, row_stop), [row], masked)
+                yield Tile(query, min(query + step, row_stop), [row], masked, text)
         if short:
             continue
         masked = masked or not bool(sparse_mask[:, sparse_start:sparse_stop].all())
@@ -125,7 +132,7 @@ def list_tiles(
             key_ranges += window_ranges(TOKENS, layout.local_window, i, text, stop)
             for window in layout.sparse_windows:
                 key_ranges += window_ranges(SPARSE, window, i, sparse_start, sparse_stop)
-            yield Tile(query, min(query + block, stop), key_ranges, masked, layout.causal)
+            yield Tile(query, min(query + block, stop), key_ranges, masked, text, layout.causal)
 
 
 def window_ranges(tensor: int, window: Window, block: int, start: int, stop: int) -> list[KeyRange]:
@@ -178,6 +185,90 @@ class DropoutBits:
         torch.bitwise_xor(first, second, out=bits.view(-1))
 
 
+class TileBias:
+    """What a table, (heads, 2 * reach + 1), adds to the scores of tiles by distance, and its gradient from theirs.
+
+    `sparse_place` says where sparse keys stand, (1 or heads, sparse keys).
+    """
+
+    def __init__(self, table: torch.Tensor, sparse_place: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self.table, self.sparse_place, self.reach = table.to(dtype), sparse_place, table.shape[1] // 2
+        # Of tokens, which stand in line, by the distance of the first two and how many there are: what is added, or the
+        # sum of its gradients. Nearly all tiles are alike in this.
+        self.of_tokens: dict[tuple[int, int, int], torch.Tensor] = {}
+        self.grad = torch.zeros(table.shape, dtype=torch.promote_types(table.dtype, torch.float32))
+
+    def parts(self, tile: Tile, scores: torch.Tensor) -> Iterator[tuple[KeyRange, slice, torch.Tensor]]:
+        """The scores, (heads, queries, columns), of the text to each range of keys that are no global tokens; with it
+        that range, and the queries' places."""
+        first = max(tile.start, tile.text)
+        for keys, part in zip(tile.key_ranges, tile.split(scores[:, first - tile.start :], dim=2), strict=False):
+            skipped = max(tile.text - keys.start, 0) if keys.tensor == TOKENS else 0
+            if first < tile.stop and keys.start + skipped < keys.stop:
+                yield keys._replace(start=keys.start + skipped), slice(first, tile.stop), part[:, :, skipped:]
+
+    def columns(self, queries: slice, key_place: torch.Tensor) -> torch.Tensor:
+        """Which columns of the table they are, for keys at `key_place`, (..., keys): (..., queries, keys)."""
+        distance = torch.arange(queries.start, queries.stop)[:, None] - key_place[..., None, :]
+        return distance.clamp_(-self.reach, self.reach).add_(self.reach)
+
+    def one_column(self, queries: slice, key_place: torch.Tensor) -> int | None:
+        """The only column, where all keys are that far to one side, as sparse ones mostly are; else None."""
+        low, high = (int(x) for x in key_place.aminmax())
+        if high <= queries.start - self.reach:
+            return 2 * self.reach
+        return 0 if low >= queries.stop - 1 + self.reach else None
+
+    def add(self, tile: Tile, scores: torch.Tensor) -> None:
+        """Add to scores, (heads, queries, columns)."""
+        heads = len(self.table)
+        for keys, queries, part in self.parts(tile, scores):
+            if keys.tensor == TOKENS:
+                kind = queries.start - keys.start, *part.shape[1:]
+                if kind not in self.of_tokens:
+                    if len(self.of_tokens) > MAX_KINDS:
+                        self.of_tokens.clear()
+                    columns = self.columns(queries, torch.arange(keys.start, keys.stop))
+                    self.of_tokens[kind] = self.table.index_select(1, columns.flatten()).view(part.shape)
+                part += self.of_tokens[kind]
+                continue
+            place = self.sparse_place[:, keys.start : keys.stop]  # type: ignore[index]
+            column = self.one_column(queries, place)
+            if column is not None:
+                part += self.table[:, column, None, None]
+            else:
+                columns = self.columns(queries, place).expand(heads, -1, -1)
+                part += self.table.gather(1, columns.flatten(1)).view(part.shape)
+
+    def add_grad(self, tile: Tile, grad_scores: torch.Tensor) -> None:
+        """Add to `grad` what comes of the gradients of a tile's scores."""
+        for keys, queries, part in self.parts(tile, grad_scores):
+            if keys.tensor == TOKENS:
+                kind = queries.start - keys.start, *part.shape[1:]
+                if kind in self.of_tokens:
+                    self.of_tokens[kind] += part
+                else:
+                    if len(self.of_tokens) > MAX_KINDS:
+                        self.finish_grad()
+                    self.of_tokens[kind] = part.to(self.grad.dtype, copy=True)
+                continue
+            place = self.sparse_place[:, keys.start : keys.stop]  # type: ignore[index]
+            column = self.one_column(queries, place)
+            if column is not None:
+                self.grad[:, column] += part.sum(dim=(1, 2), dtype=self.grad.dtype)
+            else:
+                columns = self.columns(queries, place).expand(len(self.table), -1, -1)
+                self.grad.scatter_add_(1, columns.flatten(1), part.flatten(1).to(self.grad.dtype))
+
+    def finish_grad(self) -> torch.Tensor:
+        """The gradient of the table."""
+        for (distance, _, num_keys), total in self.of_tokens.items():
+            queries = slice(distance, distance + total.shape[1])
+            self.grad.index_add_(1, self.columns(queries, torch.arange(num_keys)).flatten(), total.flatten(1))
+        self.of_tokens.clear()
+        return self.grad
+
+
 class TiledAttention:
     """Forward and backward pass over the tiles of a call, for some of its heads.
 
@@ -192,12 +283,15 @@ class TiledAttention:
         sparse_mask: torch.Tensor,
         tiles: Sequence[Tile],
         dropout_bits: DropoutBits | None,
+        bias: torch.Tensor | None = None,
+        sparse_place: torch.Tensor | None = None,
     ) -> None:
         self.tensors, self.tiles, self.first_head = tensors, tiles, first_head
         self.masks = {TOKENS: attention_mask[None], SPARSE: sparse_mask}
         self.dtype = product_dtype(tensors[0].dtype)
         self.heads, _, self.head_dim = tensors[0].shape
         self.scale = self.head_dim**-0.5
+        self.bias = None if bias is None else TileBias(bias, sparse_place, self.dtype)
         self.dropout_bits = dropout_bits
         self.keep_scale = 1.0 if dropout_bits is None else dropout_bits.keep_scale
         self.buffers: dict[str, torch.Tensor] = {}
@@ -256,6 +350,8 @@ class TiledAttention:
     def probabilities(self, tile: Tile, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Before dropout: shape (heads, queries, columns)."""
         scores = self.matmul("probabilities", query, key.transpose(1, 2), self.scale)
+        if self.bias is not None:
+            self.bias.add(tile, scores)
         if tile.diagonal is not None:
             size = query.shape[1]
             behind = torch.ones(size, size, dtype=torch.bool).triu(1)
@@ -294,7 +390,8 @@ class TiledAttention:
             output[:, tile.start : tile.stop] = self.matmul("output", probabilities, value, self.keep_scale)
 
     def backward(self, grad_output: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
-        """Add the gradients of the tensors to `grads`."""
+        """Add the gradients of the tensors, and of the bias if there is one, to `grads`."""
+        grad_bias = None if self.bias is None else TileBias(self.bias.table, self.bias.sparse_place, self.dtype)
         for number, tile in enumerate(self.tiles):
             if not tile.key_ranges:
                 grads[0][:, tile.start : tile.stop] = grad_output[:, tile.start : tile.stop]
@@ -311,8 +408,12 @@ class TiledAttention:
             torch.ops.aten._softmax_backward_data.out(
                 grad_scores, probabilities, -1, self.dtype, grad_input=grad_scores
             )
+            if grad_bias is not None:
+                grad_bias.add_grad(tile, grad_scores)
             self.add_grads(tile, grads, self.matmul("grad_keys", grad_scores.transpose(1, 2), query, self.scale), 0)
             grads[0][:, tile.start : tile.stop] = self.matmul("output", grad_scores, key, self.scale)
+        if grad_bias is not None:
+            grads[5][:, 0] += grad_bias.finish_grad()
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -327,7 +428,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def head_groups(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[TiledAttention, list[torch.Tensor]]]:
     """A call of `attention`, whose inputs these are, for as many heads at a time as the caches have room for; and the
     part of `others`, (tokens, heads, head_dim), that is theirs, (heads, tokens, head_dim)."""
-    query, key, value, sparse_key, sparse_value, rows, mask, sparse_mask, seed, seqlens, sizes, dropout = inputs
+    query, key, value, sparse_key, sparse_value, bias, rows, mask, sparse_mask, place, seed, *numbers = inputs
+    seqlens, sizes, dropout = numbers
     if rows is not None:
         sparse_key, sparse_value = (x.flatten(0, 1).index_select(0, rows).view(-1, *x.shape[1:]) for x in (key, value))
     elif sparse_key is None:
@@ -343,16 +445,20 @@ def head_groups(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[
     groups = -(-heads // max(torch.get_num_threads() * THREAD_SCORES // scores, 1))
     for group in torch.arange(heads).tensor_split(groups):
         own = slice(int(group[0]), int(group[-1]) + 1)
-        own_mask = sparse_mask if len(sparse_mask) == 1 else sparse_mask[own]
+        own_mask, own_place = (x if x is None or len(x) == 1 else x[own] for x in (sparse_mask, place))
+        own_bias = None if bias is None else bias[own]
         states, theirs = ([x[:, own].transpose(0, 1) for x in parts] for parts in (tensors, others))
-        yield TiledAttention(own.start, states, mask, own_mask, tiles, dropout_bits), theirs
+        yield TiledAttention(own.start, states, mask, own_mask, tiles, dropout_bits, own_bias, own_place), theirs
 
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? rows, "
-    "Tensor attention_mask, Tensor sparse_mask, Tensor seed, SymInt[] seqlens, SymInt[] layout, float dropout"
+    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? bias, Tensor? rows, "
+    "Tensor attention_mask, Tensor sparse_mask, Tensor? sparse_place, Tensor seed, SymInt[] seqlens, "
+    "SymInt[] layout, float dropout"
 )
+
+_NUM_TENSORS = 11  # The first six of them have gradients.
 
 
 def _attention(*inputs: Any) -> torch.Tensor:
@@ -366,27 +472,33 @@ def _attention(*inputs: Any) -> torch.Tensor:
 def _attention_backward(grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
     # A key's gradient is a sum over tiles, which half precision would round each time.
     wide = torch.promote_types(grad.dtype, torch.float32)
-    *tensors, rows, _, sparse_mask = inputs[:8]
+    *tensors, bias, rows, _, sparse_mask = inputs[:9]
     sparse_shape = (sparse_mask.shape[1], *tensors[1].shape[1:])
     shapes = [sparse_shape if tensor is None else tensor.shape for tensor in tensors]
+    if bias is not None:
+        tensors, shapes = [*tensors, bias], [*shapes, (1, *bias.shape)]
     grads = [grad.new_zeros(shape, dtype=wide) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
         for group, (own, *totals) in head_groups([grad, *grads], *inputs):
             group.backward(own, totals)
     if rows is not None:
-        for total, of_chosen in zip(grads[1:3], grads[3:], strict=True):
+        for total, of_chosen in zip(grads[1:3], grads[3:5], strict=True):
             total.flatten(0, 1).index_add_(0, rows, of_chosen.flatten(0, 1))
-    return [total.to(grad.dtype) for total, tensor in zip(grads, tensors, strict=True) if tensor is not None]
+    if bias is not None:
+        grads[5] = grads[5][0]
+    return [total.to(tensor.dtype) for total, tensor in zip(grads, tensors, strict=True) if tensor is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.numbers = inputs[9:]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.numbers = inputs[_NUM_TENSORS:]
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grads = attention_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, *[None] * (12 - len(grads))
+    tensors = ctx.saved_tensors
+    grads = iter(attention_backward(grad, *tensors, *ctx.numbers))
+    others = [None] * (_NUM_TENSORS - 6 + len(ctx.numbers))
+    return *(None if tensor is None else next(grads) for tensor in tensors[:6]), *others
 
 
 attention = torch.library.custom_op(
@@ -399,5 +511,5 @@ attention_backward = torch.library.custom_op(
     schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
 )
 attention.register_fake(lambda query, *_: torch.empty_like(query))
-attention_backward.register_fake(lambda grad, *inputs: [torch.empty_like(x) for x in inputs[:5] if x is not None])
+attention_backward.register_fake(lambda grad, *inputs: [torch.empty_like(x) for x in inputs[:6] if x is not None])
 attention.register_autograd(_backward, setup_context=_save)

@@ -169,12 +169,15 @@ class SparseKeys(NamedTuple):
         key, value: shape (batch, heads, sparse keys, head_dim); None where `token_index` says which they are.
         token_index: which tokens they are, counted through all rows of the batch, the globals included: int64, of shape
             (batch, heads, sparse keys). No two that the mask keeps are the same.
+        place: where they stand, counted likewise: int64, of shape (batch, 1 or heads, sparse keys). That of a masked
+            one means nothing. None where nobody asked for it.
     """
 
     mask: torch.Tensor
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
     token_index: torch.Tensor | None = None
+    place: torch.Tensor | None = None
 
 
 def pad_to_multiple(sequence: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:

@@ -120,7 +120,7 @@ class LSGReader(LSGPreTrained):
         super().__init_subclass__(**kwargs)
         stock = stock_class(cls)
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGReader):
-            cls.forward = with_global_tokens(stock.forward)  # type: ignore[attr-defined]
+            cls.forward = with_global_tokens(cls.forward)  # type: ignore[attr-defined]
             cls.replacements = define_modules(cls)
             names = {module.__name__: replacement.__name__ for module, replacement in cls.replacements.items()}
             cls._no_split_modules = [names.get(name, name) for name in stock._no_split_modules or ()]

@@ -90,12 +90,14 @@ class LSGSelfAttention:
         *args: Any,
         seqlens: list[int] | None = None,
         promotion: Promotion | None = None,
+        position_bias: torch.Tensor | None = None,
         prefix_mask: torch.Tensor | None = None,
         past: Past | None = None,
         **kwargs: Any,
     ) -> Any:
         """`hidden_states` is (batch, g + t, width), `attention_mask` boolean (batch, 1, 1, g + t); with `seqlens`
         they hold the rows of a batch end to end, (1, tokens, width) and (1, 1, 1, tokens).
+        `position_bias` is a bias by distance, as `lsg_bias` says.
         `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to; `past` stands in
         its place in a decoder."""
         heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
@@ -109,6 +111,7 @@ class LSGSelfAttention:
             mask, seqlens = promotion.mask, promotion.seqlens
             arguments["num_global_tokens"] += promotion.copies
         dropout = getattr(self, self.dropout_name)
+        arguments["bias"] = position_bias
         arguments["dropout"] = (dropout.p if isinstance(dropout, nn.Module) else dropout) if self.training else 0.0
         prefix, cache = 0, given_cache(kwargs)
         if cache is None and (prefix_mask is not None or (past is not None and past.is_step)):

@@ -54,6 +54,7 @@ def sparsify(
     lsh_seed: int = 0,
     fused: bool = False,
     in_place: bool = False,
+    with_place: bool = False,
 ) -> SparseKeys | None:
     """Shorten keys, values and mask of a text; None where the layout has no sparse keys.
 
@@ -62,6 +63,8 @@ def sparsify(
             weigh by the first query of the text; the others do not read queries.
         fused: whether Triton's kernels, which work in place, are to be used where there are some.
         in_place: whether, where sparse keys are tokens, the result is to say which, instead of holding them.
+        with_place: whether it is to say where they stand; one that stands for several tokens, at the mean of their
+            places, rounded half to even.
 
     Raises:
         ValueError: where `sparsity_type` is unknown.
@@ -71,29 +74,35 @@ def sparsify(
     g, factor, chunk_size = layout.num_global_tokens, layout.sparsity_factor, layout.chunk_size
     if fused and sparsity_type == "norm" and factor > 1 and chunk_size <= LARGEST_CHUNK:
         index, sparse_mask = choose_largest_norm(key.detach(), mask, g, layout.block_size, chunk_size, factor)
-        return SparseKeys(sparse_mask, token_index=index)
+        return SparseKeys(sparse_mask, token_index=index, place=index if with_place else None)
     text_query, text_key, text_value, text_mask = (x[:, :, g:] for x in (query, key, value, mask))
     text_mask = pad_to_multiple(text_mask, layout.block_size, dim=2)
     index = choose_tokens(text_key.detach(), text_mask, layout, sparsity_type)
+    batch, _, length, _ = key.shape
+    first = length * torch.arange(batch, device=key.device)[:, None, None] + g
     if index is not None:
-        batch, _, length, _ = key.shape
         sparse_mask = text_mask.expand(-1, index.shape[1], -1).gather(2, index.expand(batch, -1, -1))
-        first = length * torch.arange(batch, device=key.device)[:, None, None] + g
         index = first + index.clamp(max=length - g - 1)  # What pads the text is masked.
+        place = index if with_place else None
         if in_place:
-            return SparseKeys(sparse_mask, token_index=index)
+            return SparseKeys(sparse_mask, token_index=index, place=place)
         rows = flat_rows(index)
-        return SparseKeys(sparse_mask, take_rows(key, rows), take_rows(value, rows))
+        return SparseKeys(sparse_mask, take_rows(key, rows), take_rows(value, rows), place=place)
     text_key, text_value = (pad_to_multiple(x, layout.block_size, dim=2) for x in (text_key, text_value))
     if factor == 1:
-        return SparseKeys(text_mask, text_key, text_value)
-    if sparsity_type == "pooling":
-        return pool_mean(text_key, text_value, text_mask, factor)
-    if weighs_by_query(sparsity_type, factor, layout.sparse_block_size):
-        return pool_by_query(text_key, text_value, text_mask, text_query[:, :, 0], factor)
-    if sparsity_type == "lsh":
-        return cluster_by_lsh(text_key, text_value, text_mask, layout, lsh_num_pre_rounds, lsh_seed)
-    raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
+        sparse = SparseKeys(text_mask, text_key, text_value)
+    elif sparsity_type == "pooling":
+        sparse = pool_mean(text_key, text_value, text_mask, factor)
+    elif weighs_by_query(sparsity_type, factor, layout.sparse_block_size):
+        sparse = pool_by_query(text_key, text_value, text_mask, text_query[:, :, 0], factor)
+    elif sparsity_type == "lsh":
+        sparse = cluster_by_lsh(text_key, text_value, text_mask, layout, lsh_num_pre_rounds, lsh_seed, with_place)
+    else:
+        raise ValueError(f"sparsity_type: got {sparsity_type!r}; use one of {', '.join(SPARSITY_TYPES)}")
+    if not with_place:
+        return sparse
+    place = sparse.place if sparse.place is not None else mean_places(text_mask, factor)
+    return sparse._replace(place=first + place)
 
 
 def weighs_by_query(sparsity_type: str | None, sparsity_factor: int, sparse_block_size: int) -> bool:
@@ -143,6 +152,18 @@ def pool_mean(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, factor
     return SparseKeys(runs.any(dim=-1), _pool(key, weight), _pool(value, weight))
 
 
+def mean_places(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """The mean of the places of the tokens that are not masked in each run of `factor`: int64, (batch, 1, t / f)."""
+    runs = mask.unflatten(-1, (-1, factor))
+    place = torch.arange(mask.shape[-1], device=mask.device).unflatten(0, (-1, factor))
+    return _mean(place.masked_fill(~runs, 0).sum(dim=-1), runs.sum(dim=-1))
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Rounded half to even; 0 of none."""
+    return (total.double() / count.clamp(min=1).double()).round().long()
+
+
 def pool_by_query(
     key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, query: torch.Tensor, factor: int
 ) -> SparseKeys:
@@ -162,6 +183,7 @@ def cluster_by_lsh(
     layout: LSGLayout,
     num_pre_rounds: int,
     seed: int,
+    with_place: bool = False,
 ) -> SparseKeys:
     """The means of the clusters into which locality-sensitive hashing puts the tokens of each chunk.
 
@@ -171,7 +193,10 @@ def cluster_by_lsh(
     dtype, chunk_size = _at_least_float32(key), layout.chunk_size
     # Sums and counts, so that the mean of merged clusters is weighted by how many tokens they stand for.
     count = mask.expand(-1, key.shape[1], -1).to(dtype).unflatten(-1, (-1, chunk_size)).unsqueeze(-1)
-    clusters = torch.cat([key, value], dim=-1).to(dtype).unflatten(2, (-1, chunk_size)) * count
+    states = [key, value]
+    if with_place:
+        states.append(torch.arange(key.shape[2], device=key.device)[:, None].expand(*key.shape[:3], 1))
+    clusters = torch.cat([x.to(dtype) for x in states], dim=-1).unflatten(2, (-1, chunk_size)) * count
     clusters = torch.cat([clusters, count], dim=-1)
     for round_, buckets in enumerate([chunk_size] * num_pre_rounds + [chunk_size // layout.sparsity_factor]):
         with torch.no_grad():
@@ -179,10 +204,13 @@ def cluster_by_lsh(
             projected = clusters[..., : key.shape[-1]] @ _random_normal(shape, seed + round_, key.device).to(dtype)
             bucket = torch.cat([projected, -projected], dim=-1)[..., :buckets].argmax(dim=-1)
         clusters = _sum_by_bucket(clusters, bucket, buckets)
-    key_sum, value_sum, count = clusters.flatten(2, 3).split([key.shape[-1], value.shape[-1], 1], dim=-1)
+    widths = [x.shape[-1] for x in states]
+    key_sum, value_sum, *place_sum, count = clusters.flatten(2, 3).split([*widths, 1], dim=-1)
     divisor = count.clamp(min=1)
     key, value = (key_sum / divisor).to(key.dtype), (value_sum / divisor).to(value.dtype)
-    return SparseKeys(count.squeeze(-1) > 0.5, key, value)
+    count = count.squeeze(-1)
+    place = _mean(place_sum[0].detach().squeeze(-1), count.detach()) if place_sum else None
+    return SparseKeys(count > 0.5, key, value, place=place)
 
 
 def _sum_by_bucket(clusters: torch.Tensor, bucket: torch.Tensor, buckets: int) -> torch.Tensor:
