@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN, Made, run_command
 from made import LIKE
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, EsmForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, EsmForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lsg_converter import ConversionOptions, convert, families
@@ -68,6 +68,56 @@ def test_exact_conversions_are_verified(name, tmp_path):
     assert run_command(source, target, *flags) == 0
     report = json.loads((target / "lsg_conversion.json").read_text())
     assert any("tokens give what the source gives" in check["name"] for check in report["checks"])
+
+
+def gradients(model, output):
+    """By name, of the weights that the output depends on."""
+    output.square().sum().backward()
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None and x.grad.abs().max() > 0}
+
+
+@pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
+@pytest.mark.parametrize("name", ["mpnet"])
+def test_relative_positions_are_the_source_s(name, kernel, tmp_path):
+    """Without global tokens, up to two blocks, for padded rows; the gradients too, of the biases among them."""
+    fields = {"num_global_tokens": 0, "block_size": 200, "sparse_block_size": 200, "attention_kernel": kernel}
+    if kernel == "eager":
+        fields |= {"attention_kernel": None, "attn_implementation": "eager"}
+    model, stock = lsg_of(name, tmp_path, **fields)
+    ids = ids_of(2, 350)
+    mask = torch.ones_like(ids)
+    ids[1, 200:], mask[1, 200:] = model.config.pad_token_id, 0
+    actual, expected = (
+        m(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None] for m in (model, stock)
+    )
+    close(actual, expected)
+    actual_grads, expected_grads = gradients(model, actual), gradients(stock, expected)
+    assert any("relative_attention_bias" in key for key in expected_grads)
+    for key, grad in expected_grads.items():
+        torch.testing.assert_close(actual_grads[key][: len(grad)], grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["mpnet"])
+def test_relative_positions_in_long_texts(name, tmp_path):
+    """Alike in every kernel, on the left of padding and on its right; and a head hands on what its model reads."""
+    model, _ = lsg_of(name, tmp_path, attn_implementation="eager")
+    ids = ids_of(1, 333)
+    expected = model(input_ids=ids).last_hidden_state
+    padding = torch.full((1, 7), model.config.pad_token_id)
+    model.set_attn_implementation("sdpa")
+    for model.config.attention_kernel in ("cpu", "portable"):
+        close(model(input_ids=ids).last_hidden_state, expected)
+        for parts, kept in (((padding, ids), slice(7, None)), ((ids, padding), slice(333))):
+            padded = torch.cat(parts, dim=1)
+            states = model(input_ids=padded, attention_mask=(padded != model.config.pad_token_id).long())[0]
+            close(states[:, kept], expected)
+
+
+def test_heads_hand_on_what_their_model_reads(tmp_path):
+    lsg_of("mpnet", tmp_path)
+    head = AutoModelForTokenClassification.from_pretrained(tmp_path / "lsg", trust_remote_code=True, **SMALL).eval()
+    ids, promoted = ids_of(1, 333), torch.arange(333)[None] == 5
+    assert not torch.equal(head(ids).logits, head(ids, global_attention_mask=promoted).logits)
 
 
 @pytest.mark.parametrize(

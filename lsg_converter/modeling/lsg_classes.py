@@ -5,6 +5,8 @@ stand in it: what one process pickles, another can read.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -134,8 +136,32 @@ def define_modules(reader: Any) -> dict[type, type]:
     return result
 
 
-def define_heads(base_class: Any) -> None:
-    """Define, beside `base_class`, a class for every model with a head in its family's module of Transformers."""
+class _HandingOn:
+    """A model with a head as its stock forward sees it, whose base model gets some arguments more."""
+
+    def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
+        self._model, self._arguments = model, arguments
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        return partial(value, **self._arguments) if name == self._model.base_model_prefix else value
+
+
+def handing_on(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the forward of a model with a head hand its base model the arguments that it does not name, as most do."""
+    names = signature(stock_forward).parameters.keys() - {"kwargs"}
+
+    @wraps(stock_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        others = {name: kwargs.pop(name) for name in kwargs.keys() - names}
+        return stock_forward(_HandingOn(self, others) if others else self, *args, **kwargs)
+
+    return forward
+
+
+def define_heads(base_class: Any, hand_on: bool = False) -> None:
+    """Define, beside `base_class`, a class for every model with a head in its family's module of Transformers; with
+    `hand_on`, where the stock ones keep arguments to themselves."""
     family, module = family_name(base_class), stock_module(base_class)
     attributes = {"config_class": base_class.config_class, "lsg_part_class": base_class}
     for name, stock in list(vars(module).items()):
@@ -146,4 +172,5 @@ def define_heads(base_class: Any) -> None:
             and name.startswith(family)
             and any(part in name for part in ("For", "LMHead", "MTModel"))
         ):
-            define_class(f"LSG{name}", LSGWrapper, stock, base_class.__module__, **attributes)
+            own = {"forward": handing_on(stock.forward)} if hand_on else {}
+            define_class(f"LSG{name}", LSGWrapper, stock, base_class.__module__, **attributes, **own)

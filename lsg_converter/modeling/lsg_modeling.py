@@ -92,7 +92,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
                 kwargs["packing"] = packing
             kwargs["attention_mask"] = mask
             self.insert_global_tokens(kwargs)
-        outputs = stock_forward(self, **kwargs, return_dict=True)
+        outputs = self.read(stock_forward, kwargs)
         self.strip_outputs(outputs, packing, promoted, prefix, past)
         return outputs if return_dict else outputs.to_tuple()
 
@@ -120,7 +120,7 @@ class LSGReader(LSGPreTrained):
         super().__init_subclass__(**kwargs)
         stock = stock_class(cls)
         if issubclass(stock, PreTrainedModel) and not issubclass(stock, LSGReader):
-            cls.forward = with_global_tokens(cls.forward)  # type: ignore[attr-defined]
+            cls.forward = with_global_tokens(stock.forward)  # type: ignore[attr-defined]
             cls.replacements = define_modules(cls)
             names = {module.__name__: replacement.__name__ for module, replacement in cls.replacements.items()}
             cls._no_split_modules = [names.get(name, name) for name in stock._no_split_modules or ()]
@@ -334,6 +334,10 @@ class LSGReader(LSGPreTrained):
         arguments["attention_mask"] = mask[:, p:]
         return mask[:, :p].to(device=tokens.device, dtype=torch.bool)
 
+    def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call the stock forward, with arguments that fit an LSG model."""
+        return stock_forward(self, **arguments, return_dict=True)
+
     def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
         """Call the embeddings module, where that must be before the mask is that of the global tokens too."""
 
@@ -433,6 +437,10 @@ class LSGEmbeddedModel(LSGModel):
 
     def add_global_embeddings(self, config: Any) -> None:
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.hidden_size)
+
+    def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call the stock forward, with arguments that fit an LSG model."""
+        return stock_forward(self, **arguments, return_dict=True)
 
     def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
         if arguments.get("inputs_embeds") is None:

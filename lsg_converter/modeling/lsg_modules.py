@@ -226,15 +226,21 @@ class LSGEncoder:
             past = kwargs.get("past")
             told = () if past is None else (past.first_token, past.length)
             outputs = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
-            outputs["last_hidden_state"] = strip_global_tokens(outputs.last_hidden_state, self.config, *told)
-            return outputs
+            return self.replace_last(outputs, strip_global_tokens(outputs.last_hidden_state, self.config, *told))
         kwargs |= {name: packing.pack(kwargs[name]) for name in self.token_arguments}
         if kwargs.get("position_embeddings") is not None:  # of rotary positions
             kwargs["position_embeddings"] = tuple(map(packing.pack, kwargs["position_embeddings"]))
         states, kwargs["seqlens"] = packing.pack(hidden_states), packing.seqlens
         outputs = super().forward(states, attention_mask=packing.mask, **kwargs)  # type: ignore[misc]
         states = packing.unpack(outputs.last_hidden_state)
-        outputs["last_hidden_state"] = strip_global_tokens(states, self.config, packing.first_token)
+        return self.replace_last(outputs, strip_global_tokens(states, self.config, packing.first_token))
+
+    @staticmethod
+    def replace_last(outputs: Any, states: torch.Tensor) -> Any:
+        """Put the final states in, which the stack may have captured too."""
+        outputs["last_hidden_state"] = states
+        if outputs.get("hidden_states"):
+            outputs["hidden_states"] = (*outputs["hidden_states"][:-1], states)
         return outputs
 
 

@@ -1,10 +1,10 @@
 """LSG MPNet: the facts of the family. Its layers share a bias by distance; its stock modules hand on no arguments."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mpnet import configuration_mpnet, modeling_mpnet
 
@@ -26,18 +26,25 @@ class LSGMPNetSelfAttention(LSGSelfAttention, modeling_mpnet.MPNetSelfAttention)
 
 
 class LSGMPNetAttention(modeling_mpnet.MPNetAttention):
-    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        output, probabilities = self.attn(states, *args, **kwargs)
-        return self.LayerNorm(self.dropout(output) + states), probabilities
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, probabilities = self.attn(hidden_states, *args, **kwargs)
+        return self.LayerNorm(self.dropout(output) + hidden_states), probabilities
 
 
 class LSGMPNetLayer(modeling_mpnet.MPNetLayer):
-    def forward(self, states: torch.Tensor, mask: torch.Tensor, position_bias: torch.Tensor, **kwargs: Any) -> Any:
-        attended, probabilities = self.attention(states, mask, position_bias=position_bias, **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        attended, probabilities = self.attention(hidden_states, attention_mask, position_bias=position_bias, **kwargs)
         return self.output(self.intermediate(attended), attended), probabilities
 
 
-class LSGMPNetEncoder(LSGNamedEncoder, modeling_mpnet.MPNetEncoder):  # type: ignore[misc]
+class LSGMPNetEncoder(LSGNamedEncoder, modeling_mpnet.MPNetEncoder):
     def compute_position_bias(self, x: torch.Tensor, position_ids: Any = None, num_buckets: int = 32) -> torch.Tensor:
         bucket = partial(self.relative_position_bucket, num_buckets=num_buckets)
         return bias_table(self.relative_attention_bias, bucket, reach=128)
@@ -54,20 +61,16 @@ class LSGMPNetModel(LSGModel, modeling_mpnet.MPNetModel):
     }
     positions_follow_padding = True
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        states = self.embeddings(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds)
-        outputs = self.encoder(states, attention_mask=attention_mask, **kwargs)
-        pooler: nn.Module | None = self.pooler
-        pooled = None if pooler is None else pooler(outputs.last_hidden_state)
+    def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        texts = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+        if (texts["input_ids"] is None) == (texts["inputs_embeds"] is None):
+            return super().read(stock_forward, arguments)  # which raises
+        others = {name: arguments[name] for name in arguments.keys() - texts.keys()}
+        for name in ("output_attentions", "output_hidden_states"):
+            others[name] = getattr(self.config, name) if others.get(name) is None else others[name]
+        outputs = self.encoder(self.embeddings(**texts), **others)
+        pooled = None if self.pooler is None else self.pooler(outputs.last_hidden_state)
         return BaseModelOutputWithPooling(pooler_output=pooled, **outputs)
 
 
-define_heads(LSGMPNetModel)
+define_heads(LSGMPNetModel, hand_on=True)
