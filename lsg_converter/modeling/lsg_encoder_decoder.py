@@ -35,6 +35,7 @@ from .modeling_lsg_ernie import LSGErnieConfig
 from .modeling_lsg_esm import LSGEsmConfig
 from .modeling_lsg_layoutlm import LSGLayoutLMConfig
 from .modeling_lsg_markuplm import LSGMarkupLMConfig
+from .modeling_lsg_mpnet import LSGMPNetConfig
 from .modeling_lsg_roberta import LSGRobertaConfig
 from .modeling_lsg_roberta_prelayernorm import LSGRobertaPreLayerNormConfig
 from .modeling_lsg_xlm_roberta import LSGXLMRobertaConfig
@@ -54,6 +55,7 @@ FAMILIES: tuple[Any, ...] = (
     LSGEsmConfig,
     LSGLayoutLMConfig,
     LSGMarkupLMConfig,
+    LSGMPNetConfig,
     LSGRobertaConfig,
     LSGRobertaPreLayerNormConfig,
     LSGXLMRobertaConfig,
