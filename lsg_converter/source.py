@@ -123,7 +123,8 @@ class Source:
         self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
         self.special_positions = base_class.special_positions(self.config)
         rotary = getattr(self.config, "position_embedding_type", None) == "rotary"
-        self.computes_positions = rotary or self.family.config_class.sinusoidal_positions
+        untabled = rotary or not getattr(self.config, "position_biased_input", True)
+        self.computes_positions = untabled or self.family.config_class.sinusoidal_positions
         causal = self.family.config_class.has_causal_form and self.config.is_decoder
         self.is_decoder = causal or self.family.is_decoder(self.lsg_class)
         self.warnings: list[str] = []

@@ -10,12 +10,19 @@ import torch
 from lsg_converter import families
 
 
+RELATIVE = {"relative_attention": True, "max_relative_positions": -1, "pos_att_type": ["p2c", "c2p"]}
 # The recorded family whose configuration and tokenizer serve, the class that is saved, and what differs.
 LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert_generation": ("bert", "BertGenerationEncoder", {"type_vocab_size": 0}),
     "blenderbot": ("bart", "BlenderbotForConditionalGeneration", {}),
     "blenderbot_small": ("bart", "BlenderbotSmallForConditionalGeneration", {}),
     "data2vec_text": ("roberta", "Data2VecTextForMaskedLM", {}),
+    "deberta": ("bert", "DebertaForMaskedLM", {**RELATIVE, "type_vocab_size": 0, "position_biased_input": False}),
+    "deberta_v2": (
+        "bert",
+        "DebertaV2ForMaskedLM",
+        {**RELATIVE, "share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
+    ),
     "ernie": ("bert", "ErnieForPreTraining", {"use_task_id": True}),
     "esm": (
         "roberta",
@@ -34,13 +41,14 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_source(name: str, golden: Path, folder: Path) -> None:
-    """Save the family's checkpoint to `folder`; `golden` has those of the recorded families."""
+def make_source(name: str, golden: Path, folder: Path, **others: Any) -> None:
+    """Save the family's checkpoint to `folder`; `golden` has those of the recorded families, and `others` is what
+    differs in its configuration."""
     like, architecture, changes = LIKE[name]
     content = json.loads((golden / like / "source" / "config.json").read_text())
     family = families.family(next(kind for kind in families.model_types() if kind.replace("-", "_") == name))
     config_class = families.stock_class(family.config_class)
-    content = {**content, **changes, "model_type": config_class.model_type, "architectures": [architecture]}
+    content = {**content, **changes, **others, "model_type": config_class.model_type, "architectures": [architecture]}
     torch.manual_seed(0)
     model = families.stock_class(family.architectures[architecture])(config_class.from_dict(content))
     for parameter in model.parameters():

@@ -89,6 +89,11 @@ class LSGConfig:
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
 
+    @classmethod
+    def settle(cls, config: Any) -> dict[str, Any]:
+        """What a stock configuration leaves to the number of its positions, which a conversion changes."""
+        return {}
+
     def validate_lsg(self) -> None:
         """Check what the fields must be together.
 
@@ -107,7 +112,8 @@ class LSGConfig:
         require("full_attention_length", full is None or full >= 0, "a number of tokens, or none for two blocks")
         require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
         require("position_step", self.position_step >= 1, "at least 1")
-        computed = (self.sinusoidal_positions or positions == "rotary") and self.position_step > 1
+        untabled = positions == "rotary" or not getattr(self, "position_biased_input", True)
+        computed = (self.sinusoidal_positions or untabled) and self.position_step > 1
         require("position_step", not computed, f"1: {self.model_type} computes its positions")  # type: ignore[attr-defined]
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
