@@ -63,6 +63,8 @@ class LSGConfig:
     has_causal_form: ClassVar[bool] = False
     # Whether the family computes its positions, by the place of a token, and has trained none.
     sinusoidal_positions: ClassVar[bool] = False
+    # Whether a token has a position of its own: not where there are distances between tokens alone, for any length.
+    absolute_positions: ClassVar[bool] = True
     # What `position_embedding_type` may be.
     position_types: ClassVar[tuple[str, ...]] = ("absolute",)
 
@@ -115,6 +117,8 @@ class LSGConfig:
         untabled = positions == "rotary" or not getattr(self, "position_biased_input", True)
         computed = (self.sinusoidal_positions or untabled) and self.position_step > 1
         require("position_step", not computed, f"1: {self.model_type} computes its positions")  # type: ignore[attr-defined]
+        without = not self.absolute_positions and self.position_step > 1
+        require("position_step", not without, f"1: {self.model_type} has relative positions")  # type: ignore[attr-defined]
         require("lsh_num_pre_rounds", self.lsh_num_pre_rounds >= 0, "at least 0")
         require(
             "mask_first_token", not self.mask_first_token or self.pool_with_global, "True only with pool_with_global"
