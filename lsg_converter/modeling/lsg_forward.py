@@ -102,8 +102,8 @@ def lsg_forward(
 
 
 def require_tensor(holds: torch.Tensor | bool, message: str) -> None:
-    """Raise ValueError unless it holds. A graph of `torch.compile`, which cannot depend on a tensor, looks when it runs,
-    and raises RuntimeError. Inductor takes no double quotes in the message."""
+    """Raise ValueError unless it holds. A graph of `torch.compile`, which cannot depend on a tensor, checks it when
+    it runs and raises RuntimeError; Inductor takes no double quotes in the message."""
     if isinstance(holds, torch.Tensor) and torch.compiler.is_compiling():
         torch._assert_async(holds, message)
     elif not holds:
