@@ -667,6 +667,7 @@ def test_gradient_checkpointing(converted, family):
 # Saving and loading
 
 
+@pytest.mark.few_families
 @pytest.mark.made_families
 def test_save_and_load(load, family, golden, converted, tmp_path):
     for name in heads(family)[:: 4 if golden.name in LIKE else 1]:
