@@ -7,7 +7,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "tune_cli"},
+    "tune_cli": {"cli", "options", "tune"},
+    "tune": {"families", "companions", "conversion", "modeling", "options", "source", "verify"},
     "cli": {"conversion", "summary", "report", "options", "version"},
     "conversion": {
         *("families", "surgery", "source", "target", "companions", "verify", "export", "report", "card", "hub"),
