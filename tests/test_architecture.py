@@ -8,7 +8,9 @@ from pathlib import Path
 RELATIVE = ("mpnet", "deberta", "deberta_v2")
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "tune_cli"},
+    "tune_cli": {"cli", "options", "tune"},
+    "tune": {"families", "companions", "conversion", "modeling", "options", "source", "verify"},
     "cli": {"conversion", "summary", "report", "options", "version"},
     "conversion": {
         *("families", "surgery", "source", "target", "companions", "verify", "export", "report", "card", "hub"),
