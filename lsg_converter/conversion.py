@@ -117,19 +117,23 @@ def plan(source: Source, config: Any) -> ConversionReport:
     options, base_class = source.options, source.family.base_class
     length, trained = options.max_sequence_length, source.positions
     tables = len(base_class.position_tables)
+    if length > MAX_SEQUENCE_LENGTH and not tables:
+        raise OptionError(f"--max_sequence_length: got {length}; give at most {MAX_SEQUENCE_LENGTH}")
     if length > MAX_SEQUENCE_LENGTH:
         width = getattr(config, "embedding_size", config.hidden_size)
         raise OptionError(
             f"--max_sequence_length: got {length}, for which the positions alone would take "
             f"{4 * tables * length * width:,} bytes in float32; give at most {MAX_SEQUENCE_LENGTH}"
         )
-    if source.computes_positions:
+    if not config.absolute_positions:
+        positions = "positions: relative, as they are"
+    elif source.computes_positions:
         positions = f"positions: computed for {length} tokens"
     else:
         hows = {"tile": "cut" if length < trained else "repeated", "interpolate": "stretched"}
         how = hows.get(options.position_init, f"stretched by {length // trained}")
         positions = f"positions: the {trained} trained rows, {how} to {length}"
-    if length < trained:
+    if length < trained and config.absolute_positions:
         source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")
     if source.tokenizer is None and not options.dry_run:
         source.warnings.append("the source has no tokenizer, so none was written")
@@ -145,6 +149,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
         lsg={field: getattr(config, field) for field in source.family.lsg_fields},
         source_positions=trained,
         positions=length,
+        absolute_positions=config.absolute_positions,
         changed=[positions, f"global tokens: 512 rows {kept}, {config.num_global_tokens} used"]
         + (["attention: causal (is_decoder)"] if config.causal else [])
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
@@ -177,7 +182,8 @@ def position_step(source: Source) -> int:
     options, length, trained = source.options, source.options.max_sequence_length, source.positions
     before, got = getattr(source.config, "position_step", 1), f"--position_init: got {options.position_init!r}"
     if source.computes_positions and options.position_init != "tile":
-        raise OptionError(f"{got}; {source.family.model_type} computes its positions: leave it out")
+        has = "computes its" if source.family.config_class.absolute_positions else "has relative"
+        raise OptionError(f"{got}; {source.family.model_type} {has} positions: leave it out")
     if options.position_init != "stretch":
         if before > 1:
             raise OptionError(f"{got}; the positions of the source are stretched already: give stretch")

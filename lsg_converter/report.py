@@ -27,6 +27,7 @@ class ConversionReport:
         auto_class: the class of Transformers that loads it.
         lsg: the LSG fields of its configuration.
         source_positions, positions: tokens that the source could read, and that the written model can.
+        absolute_positions: whether there are positions that end there, and not distances alone.
         changed: what is not the source's, in words.
         has_tokenizer: whether a tokenizer was written.
         sentence_class: the class of sentence-transformers that loads it, where it has modules of theirs.
@@ -49,6 +50,7 @@ class ConversionReport:
     lsg: dict[str, Any]
     source_positions: int
     positions: int
+    absolute_positions: bool = True
     changed: list[str] = field(default_factory=list)
     has_tokenizer: bool = False
     sentence_class: str | None = None

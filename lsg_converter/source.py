@@ -32,6 +32,8 @@ OTHER_FORMATS = ("onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*")
 COLBERT_SETTINGS = "artifact.metadata"
 # Heads of BGE-M3, which its own library loads from beside the model.
 PICKLED_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
+# For how long a text a model without absolute positions is taken to be trained, where its configuration does not say.
+USUAL_LENGTH = 512
 # Errors of loading a source that are the fault of the source.
 SOURCE_FAULTS = (
     OSError,
@@ -61,7 +63,7 @@ class Source:
         has_own_head: whether `config.json` names that class, so that the files must hold the head's weights too.
         config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
-        positions: how many tokens it can read.
+        positions: how many tokens it can read; without absolute positions, those that its configuration names.
         computes_positions: whether no table of trained positions says so.
         is_decoder: whether what it becomes is a decoder alone.
         special_positions: how many rows of its position tables stand before the first position.
@@ -114,17 +116,20 @@ class Source:
         base_class = self.family.base_class
         reader = getattr(base_class, "lsg_part_class", base_class)
         check_padding(name, self.config, needed=reader.positions_follow_padding)
-        if self.config.max_position_embeddings <= base_class.counted_positions(self.config):
+        absolute, counted = self.family.config_class.absolute_positions, base_class.counted_positions(self.config)
+        if absolute and self.config.max_position_embeddings <= counted:
             raise SourceError(
                 f"--initial_model: config.json of {name!r}: max_position_embeddings is "
-                f"{self.config.max_position_embeddings}; correct it to at least "
-                f"{base_class.counted_positions(self.config) + 1}"
+                f"{self.config.max_position_embeddings}; correct it to at least {counted + 1}"
             )
-        self.positions = self.config.max_position_embeddings - base_class.counted_positions(self.config)
+        if absolute:
+            self.positions = self.config.max_position_embeddings - counted
+        else:
+            self.positions = getattr(self.config, "n_positions", None) or USUAL_LENGTH
         self.special_positions = base_class.special_positions(self.config)
         rotary = getattr(self.config, "position_embedding_type", None) == "rotary"
-        untabled = rotary or not getattr(self.config, "position_biased_input", True)
-        self.computes_positions = untabled or self.family.config_class.sinusoidal_positions
+        computed = self.family.config_class.sinusoidal_positions or not absolute
+        self.computes_positions = rotary or computed or not getattr(self.config, "position_biased_input", True)
         causal = self.family.config_class.has_causal_form and self.config.is_decoder
         self.is_decoder = causal or self.family.is_decoder(self.lsg_class)
         self.warnings: list[str] = []
@@ -150,8 +155,28 @@ class Source:
 
     @property
     def prefix(self) -> str:
-        """What the names of the base model's weights begin with."""
-        return "" if self.lsg_class is self.family.base_class else f"{self.lsg_class.base_model_prefix}."
+        """What the names of the weights begin with that are those of the model without a head."""
+        holds = getattr(self.lsg_class, "lsg_part_class", None)
+        return f"{self.lsg_class.base_model_prefix}." if holds in self.family.architectures.values() else ""
+
+    @property
+    def headless_class(self) -> Any:
+        """The LSG class of what it becomes, without a head."""
+        holds, base_class = getattr(self.lsg_class, "lsg_part_class", None), self.family.base_class
+        if holds in self.family.architectures.values():
+            return holds
+        return base_class if issubclass(self.lsg_class, base_class.__bases__[0]) else self.lsg_class
+
+    def headless(self, model: PreTrainedModel) -> Any:
+        """The loaded source without its head. T5's has no such part: then one is made of what it holds."""
+        lsg_class = self.headless_class
+        if self.prefix or self.lsg_class is lsg_class:
+            return model.base_model
+        with torch.device("meta"):
+            result = (lsg_class if self.is_lsg else families.stock_class(lsg_class))(model.config)
+        for name, _ in list(result.named_children()):
+            setattr(result, name, getattr(model, name))
+        return result
 
     def names(self) -> list[str]:
         """The names of its files, as `folder/name` where they are in one; what lies deeper may stand for its folder."""
@@ -206,7 +231,10 @@ class Source:
         global_table = self.prefix + self.family.base_class.global_table
         if self.options.rebuild_global_tokens:  # it is not used
             new = [key for key in new if key != global_table]
-        needed = [key for key in new if self.has_own_head or key.startswith(self.prefix)]
+        parts = tuple(f"{part}." for part, _ in self.headless(model).named_children())
+        needed = [
+            key for key in new if self.has_own_head or key.startswith(tuple(self.prefix + part for part in parts))
+        ]
         for key in needed:
             if key in shapes:
                 found, expected = shapes[key]
@@ -221,7 +249,6 @@ class Source:
             raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
         dropped = sorted(key for key in info["unexpected_keys"] if not key.endswith(("position_ids", "token_type_ids")))
         prefix = f"{model.base_model_prefix}."
-        parts = tuple(f"{part}." for part, _ in model.base_model.named_children())
         foreign = [key for key in dropped if key.removeprefix(prefix).startswith(parts) and "pooler." not in key]
         if foreign:
             raise SourceError(
@@ -249,12 +276,12 @@ class Source:
 
     def global_positions(self, model: PreTrainedModel) -> torch.Tensor | None:
         """The trained rows of positions from which global tokens start, (positions, width): a zero where the family has
-        no table of them. None where the model has no part that has LSG."""
+        no table of them, or no positions. None where the model has no part that has LSG."""
         base_class, tables = self.family.base_class, self.tables(model)
         holder = self.prefix + base_class.global_table.removesuffix("global_embeddings.weight")
         if not any(name.startswith(holder) for name in tables):
             return None
-        table = tables.get(self.prefix + base_class.position_tables[0])
+        table = next((tables.get(self.prefix + name) for name in base_class.position_tables), None)
         if table is None:
             words: Any = model.get_input_embeddings()
             return torch.zeros_like(words.weight[:1])

@@ -36,8 +36,9 @@ class Fact:
 def summary(report: ConversionReport) -> Iterator[RenderableType]:
     """What was done, or would be, what was verified, and how the result is used."""
     options, lsg = report.options, report.lsg
-    yield Fact("source", f"{options.initial_model}: {report.model_type}, {report.source_positions} positions")
-    becomes = f"{report.architecture}, {report.positions} positions"
+    reads = f"{report.source_positions} positions" if report.absolute_positions else "relative positions"
+    yield Fact("source", f"{options.initial_model}: {report.model_type}, {reads}")
+    becomes = f"{report.architecture}, {report.positions} {'positions' if report.absolute_positions else 'tokens'}"
     yield Fact("would become" if options.dry_run else "converted to", becomes)
     sparsity, full = describe_sparsity(lsg), lsg["full_attention_length"]
     beyond = f"full up to {full} tokens, beyond: " if full else ""

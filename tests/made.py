@@ -11,6 +11,12 @@ from lsg_converter import families
 
 
 RELATIVE = {"relative_attention": True, "max_relative_positions": -1, "pos_att_type": ["p2c", "c2p"]}
+# What T5 and its kin have beside what Pegasus has; a field that is None is left out.
+_T5 = {
+    **{"d_kv": 6, "d_ff": 24, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 1, "n_positions": 512},
+    **{"relative_attention_num_buckets": 12, "relative_attention_max_distance": 20},
+    **dict.fromkeys(("max_position_embeddings", "init_std", "encoder_layers", "encoder_attention_heads", "dropout")),
+}
 # The recorded family whose configuration and tokenizer serve, the class that is saved, and what differs.
 LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert_generation": ("bert", "BertGenerationEncoder", {"type_vocab_size": 0}),
@@ -34,8 +40,11 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "marian": ("pegasus", "MarianMTModel", {}),
     "markuplm": ("roberta", "MarkupLMForTokenClassification", {}),
     "mpnet": ("roberta", "MPNetForMaskedLM", {"relative_attention_num_buckets": 32}),
+    "mt5": ("pegasus", "MT5ForConditionalGeneration", _T5),
     "plbart": ("bart", "PLBartForConditionalGeneration", {"scale_embedding": True}),
     "roberta_prelayernorm": ("roberta", "RobertaPreLayerNormForMaskedLM", {}),
+    "t5": ("pegasus", "T5ForConditionalGeneration", _T5),
+    "umt5": ("pegasus", "UMT5ForConditionalGeneration", _T5),
     "xlm_roberta_xl": ("roberta", "XLMRobertaXLForMaskedLM", {}),
     "xmod": ("roberta", "XmodForMaskedLM", {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"}),
 }
@@ -49,6 +58,7 @@ def make_source(name: str, golden: Path, folder: Path, **others: Any) -> None:
     family = families.family(next(kind for kind in families.model_types() if kind.replace("-", "_") == name))
     config_class = families.stock_class(family.config_class)
     content = {**content, **changes, **others, "model_type": config_class.model_type, "architectures": [architecture]}
+    content = {name: value for name, value in content.items() if value is not None}
     torch.manual_seed(0)
     model = families.stock_class(family.architectures[architecture])(config_class.from_dict(content))
     for parameter in model.parameters():

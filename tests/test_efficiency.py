@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments" / "efficiency"))
 
 import benchmark
 import measurement
+import relative
 import report
 from contenders import CONTENDERS, build, without_attention
 
@@ -206,3 +207,24 @@ def test_a_wrong_call_is_one_line(flags, capsys):
         benchmark.main(flags.split(" ", 1))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.full
+def test_the_cost_of_relative_positions(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["relative.py", "--lengths", "300", "--layers", "1", "--rounds", "1"])
+    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    for name, shape in relative.SHAPES.items():
+        monkeypatch.setitem(relative.SHAPES, name, shape | small)
+    relative.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == [*relative.SHAPES]
+    assert all(float(number.replace(",", "")) >= 0 for row in rows for number in row.split()[1:])
+
+
+def test_without_a_bias_scores_are_another():
+    model = relative.build("mpnet", 300, 1, stock=False).eval()
+    ids = torch.arange(5, 305)[None]
+    expected = model(ids).last_hidden_state
+    with relative.without_bias():
+        assert not torch.allclose(model(ids).last_hidden_state, expected)
+    assert torch.equal(model(ids).last_hidden_state, expected)

@@ -5,9 +5,10 @@ stand in it: what one process pickles, another can read.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from inspect import signature
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -30,37 +31,49 @@ class LSGPreTrained:
 
     config_class: Any
     _no_split_modules: Any
+    is_part: bool = False  # of a model that keeps it an LSG model when it is loaded again
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # `EncoderDecoderModel` gives its parts stock configurations, and what it saves would come back as stock models.
-        if name == "config" and not isinstance(value, self.config_class):
-            raise ValueError(
-                f"config: got a {type(value).__name__}; {type(self).__name__} needs its {self.config_class.__name__}: "
-                "load that with trust_remote_code=True; for a part of an EncoderDecoderModel, which replaces it, take "
-                "LSGEncoderDecoderModel of lsg_converter"
-            )
+        # `EncoderDecoderModel` gives its parts stock configurations, or theirs again when they are made, and what it
+        # saves would come back as stock models.
+        if name == "config" and not self.is_part:
+            again = "all_tied_weights_keys" in vars(self) and value is vars(self)["config"]
+            if again or not isinstance(value, self.config_class):
+                raise ValueError(
+                    f"config: got a {type(value).__name__}{' a second time' if again else ''}; {type(self).__name__} "
+                    f"needs its {self.config_class.__name__}: load that with trust_remote_code=True; for a part of an "
+                    "EncoderDecoderModel, which replaces it, take LSGEncoderDecoderModel of lsg_converter"
+                )
         super().__setattr__(name, value)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """As in Transformers; what stock classes refuse is no choice."""
+        if self.config._attn_implementation_internal is None:  # type: ignore[attr-defined]
+            requested_attention = None
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
 
 
 class LSGWrapper(LSGPreTrained):
-    """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends."""
+    """Mixed into a model around one that has LSG: `lsg_part_class` takes the place of the stock class it extends, but
+    for that of a decoder."""
 
     lsg_part_class: ClassVar[Any]
     _keys_to_ignore_on_save: Any = None  # Marian names its computed positions; written, they are not computed again.
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
-        implementation = config._attn_implementation
-        if not stock_class(self.lsg_part_class)._supports_sdpa:  # so that the stock part can be made
+        chosen = config._attn_implementation_internal
+        if lacks_sdpa := not stock_class(self.lsg_part_class)._supports_sdpa:  # so that the stock part can be made
             config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        config._attn_implementation = implementation
+        if lacks_sdpa:
+            config._attn_implementation = chosen
         for name, part in list(self.named_children()):  # type: ignore[attr-defined]
-            if type(part) is stock_class(self.lsg_part_class):
+            if type(part) is stock_class(self.lsg_part_class) and not getattr(part, "is_decoder", False):
                 if checkpointing:  # The stock part took it out of the configuration; ours asks for it again.
                     config.gradient_checkpointing = True
                 options = {}
@@ -108,7 +121,8 @@ def stock_module(lsg_class: Any) -> Any:
 
 def family_name(lsg_class: Any) -> str:
     """What the names of a family's stock classes begin with, such as "Bert", by its LSG base model or encoder."""
-    return stock_class(lsg_class).__name__.removesuffix("Model").removesuffix("Encoder")
+    name = stock_class(lsg_class).__name__
+    return name.removesuffix("Model").removesuffix("Encoder").removesuffix("Stack")
 
 
 def define_class(name: str, mixin: type, stock: type, module: str, **attributes: Any) -> type:
@@ -149,7 +163,7 @@ class _HandingOn:
 
 def handing_on(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     """Make the forward of a model with a head hand its base model the arguments that it does not name, as most do."""
-    names = signature(stock_forward).parameters.keys() - {"kwargs"}
+    names = {*signature(stock_forward).parameters, "return_dict"} - {"kwargs"}
 
     @wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,18 +173,28 @@ def handing_on(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def define_heads(base_class: Any, hand_on: bool = False) -> None:
-    """Define, beside `base_class`, a class for every model with a head in its family's module of Transformers; with
-    `hand_on`, where the stock ones keep arguments to themselves."""
+def define_heads(
+    base_class: Any, hand_on: bool = False, others: Mapping[str, tuple[type, str]] = MappingProxyType({})
+) -> None:
+    """Define, beside `base_class`, a class for every model with a head in its family's module of Transformers.
+
+    Args:
+        base_class: the LSG base model.
+        hand_on: whether the stock ones keep arguments to themselves, which are then handed on to their base model.
+        others: models that hold something else than the base model, by their names without the family's in front: the
+            mixin of each, and the name of what it holds, likewise.
+    """
     family, module = family_name(base_class), stock_module(base_class)
-    attributes = {"config_class": base_class.config_class, "lsg_part_class": base_class}
     for name, stock in list(vars(module).items()):
         if (
             isinstance(stock, type)
             and issubclass(stock, PreTrainedModel)
             and stock.__module__ == module.__name__
             and name.startswith(family)
-            and any(part in name for part in ("For", "LMHead", "MTModel"))
+            and (any(part in name for part in ("For", "LMHead", "MTModel")) or name.removeprefix(family) in others)
         ):
+            mixin, part = others.get(name.removeprefix(family), (LSGWrapper, ""))
+            held = getattr(sys.modules[base_class.__module__], f"LSG{family}{part}") if part else base_class
+            attributes = {"config_class": base_class.config_class, "lsg_part_class": held}
             own = {"forward": handing_on(stock.forward)} if hand_on else {}
-            define_class(f"LSG{name}", LSGWrapper, stock, base_class.__module__, **attributes, **own)
+            define_class(f"LSG{name}", mixin, stock, base_class.__module__, **attributes, **own)

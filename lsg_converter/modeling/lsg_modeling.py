@@ -54,7 +54,7 @@ def with_global_tokens(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given_cache(kwargs) is not None and not {*CACHE_NAMES} & {*names}:
+        if given_cache(kwargs) is not None and not (self.takes_cache and {*CACHE_NAMES} & {*names}):
             name = type(self).__name__
             raise ValueError(f"past_key_values: got a cache; {name}, as its stock model, reads none; leave it out")
         return_dict = kwargs.pop("return_dict", None)
@@ -108,13 +108,16 @@ class LSGReader(LSGPreTrained):
             `config.max_position_embeddings` does not count.
         positions_follow_padding: whether those rows are all up to the padding id's, and only tokens that are no padding
             have positions.
+        takes_cache: whether an argument for a cache, where the stock forward has one, is for it.
         replacements: stock classes of modules, and the LSG class of each.
     """
 
     lsg_modules: ClassVar[Mapping[str, type]]
     position_offset: ClassVar[int] = 0
     positions_follow_padding: ClassVar[bool] = False
+    takes_cache: ClassVar[bool] = True
     replacements: ClassVar[Mapping[type, type]]
+    has_seen_a_mask: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -164,10 +167,10 @@ class LSGReader(LSGPreTrained):
         return cls.special_positions(config) - cls.position_offset
 
     @property
-    def text_positions(self) -> int:
-        """How many tokens of text have a row in the position table."""
+    def text_positions(self) -> Any:
+        """How many tokens of text have a position; None where there are no positions, and so no end."""
         config: Any = self.config  # type: ignore[attr-defined]
-        return config.max_position_embeddings - self.counted_positions(config)
+        return config.max_position_embeddings - self.counted_positions(config) if config.absolute_positions else None
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
@@ -177,14 +180,14 @@ class LSGReader(LSGPreTrained):
         cache = given_cache(arguments)
         limit = self.text_positions
         past = 0 if cache is None else cache.get_seq_length()
-        if not (torch.compiler.is_compiling() and isinstance(past, torch.Tensor)):  # of a static cache
-            limit -= int(past)
+        if limit is not None and not (torch.compiler.is_compiling() and isinstance(past, torch.Tensor)):
+            limit -= int(past)  # which of a static cache is a tensor
         if rows == 0:
             raise ValueError("input_ids: got a batch of 0 texts; at least 1 is needed")
         if length == 0:
             raise ValueError("input_ids: got a text of 0 tokens; at least 1 is needed")
         positions = arguments.get("position_ids")
-        if length > limit and (
+        if (limit is not None and length > limit) and (
             positions is None
             or not (torch.compiler.is_compiling() or int(positions.max()) < config.max_position_embeddings)
         ):
@@ -215,11 +218,31 @@ class LSGReader(LSGPreTrained):
 
     def find_first_token(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """The place of each row's first token, shape (batch,), where padding on the left does not change the token's
-        position: then blocks count from it. Else None: they count from place 0."""
+        position, or there are no positions: then blocks count from it. Else None: they count from place 0."""
         mask = arguments.get("attention_mask")
-        if mask is None or not (self.positions_follow_padding or arguments.get("position_ids") is not None):
+        if mask is None:
             return None
-        return (mask != 0).int().argmax(dim=1)
+        follows = self.positions_follow_padding or not self.config.absolute_positions  # type: ignore[attr-defined]
+        if follows or arguments.get("position_ids") is not None:
+            return (mask != 0).int().argmax(dim=1)
+        self.warn_of_left_padding(mask)
+        return None
+
+    def warn_of_left_padding(self, attention_mask: torch.Tensor) -> None:
+        """Say once where padding on the left, of a mask (batch, t), changes what a row gives. On a GPU a look at a mask
+        waits for what computes it, so that there it is the first one alone which is looked at."""
+        plain = type(attention_mask) is torch.Tensor and not attention_mask.is_meta and attention_mask.dim() == 2
+        if torch.compiler.is_compiling() or is_exporting() or not plain:
+            return
+        if self.has_seen_a_mask and attention_mask.device.type != "cpu":
+            return
+        self.has_seen_a_mask = True
+        if bool(((attention_mask[:, 0] == 0) & (attention_mask != 0).any(dim=1)).any()):
+            takes_positions = "position_ids" in signature(type(self).forward).parameters  # type: ignore[attr-defined]
+            logger.warning_once(
+                "attention_mask: got padding on the left, by which a row's positions, and here its blocks, move, so "
+                f"that it gives other states; pad on the right{', or give position_ids' if takes_positions else ''}"
+            )
 
     def find_promoted(self, global_attention_mask: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
         """The tokens of the text that see all and that all see, boolean, (batch, t); None where there are none, or full

@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 
 
 def passes_global_tokens(config: Any) -> bool:
-    """Whether an encoder gives a decoder its global tokens too."""
-    return getattr(config, "pass_global_tokens_to_decoder", False)
+    """Whether an encoder gives a decoder, if there is one, its global tokens too."""
+    return config.is_encoder_decoder and config.pass_global_tokens_to_decoder
 
 
 class LSGSeq2SeqEncoder(LSGReader):
@@ -51,13 +51,16 @@ class LSGSeq2SeqEncoder(LSGReader):
             if self.scales_outside:
                 text = text * self.embed_scale  # type: ignore[attr-defined]
         tokens = global_tokens(self, text).to(text)  # A device map may put tables on other devices than the words'.
-        rows = arguments.pop("position_ids", None)
-        text = text + self.embed_positions(text=text, ids=ids, rows=rows).to(text.device)  # type: ignore[attr-defined]
+        text = self.add_positions(text, ids, arguments.pop("position_ids", None))
         states, packing = torch.cat([tokens, text], dim=1), arguments.pop("packing", None)
         if packing is not None:
             states, arguments["attention_mask"] = packing.pack(states), packing.mask
             arguments["seqlens"] = packing.seqlens
         arguments["inputs_embeds"] = states
+
+    def add_positions(self, text: torch.Tensor, ids: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
+        """Add the positions to a text, (batch, t, width): by its ids, or by the rows of the table, if given."""
+        return text + self.embed_positions(text=text, ids=ids, rows=rows).to(text.device)  # type: ignore[attr-defined]
 
     def strip_last_state(self, outputs: Any, packing: Packing | None) -> None:
         config, last = self.config, outputs.last_hidden_state  # type: ignore[attr-defined]
@@ -139,7 +142,7 @@ def with_lsg_encoder(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
         if kwargs.get("encoder_outputs") is None:
-            for_both = (*names, *CACHE_NAMES, "return_dict")
+            for_both = {*names, *CACHE_NAMES, "return_dict"} - {"output_attentions", "output_hidden_states"}
             others = {name: value for name, value in kwargs.items() if name not in for_both}
             kwargs["encoder_outputs"] = self.encoder(
                 input_ids=kwargs.get("input_ids"),
