@@ -35,7 +35,7 @@ BELOW = {
     "__init__": {"conversion", "interface", "modeling", "report", "version", "options"},
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": {"lsg_layout", "lsg_triton"},
-    "modeling/lsg_cpu": {"lsg_layout"},
+    "modeling/lsg_cpu": {"lsg_bias", "lsg_layout"},
     "modeling/lsg_bias": set(),
     "modeling/lsg_triton_kernels": set(),
     "modeling/lsg_triton": {"lsg_layout", "lsg_triton_kernels"},
