@@ -239,6 +239,7 @@ def lsg_config(source: Source) -> Any:
     content = with_limits(source.config.to_dict(), positions, ("max_position_embeddings", "n_positions"))
     changes = {
         **kwargs,
+        **source.family.config_class.settle(source.config),
         "auto_map": dict(source.family.auto_map),  # a copy: saving a model changes it
     }
     if "attention_kernel" not in kwargs and (source.is_colbert or sentence_class(source.folder) == MULTI_VECTOR):

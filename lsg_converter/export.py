@@ -17,8 +17,8 @@ from .source import Source
 from .verify import Announce, Check, fitting, random_text, require, tensors_of
 
 
-# Where Optimum and sentence-transformers look for a graph, and what they call it.
-GRAPH = "onnx/model.onnx"
+# Where Optimum and sentence-transformers look for a graph, and what they call it, or an encoder-decoder's encoder.
+GRAPH, ENCODER_GRAPH = "onnx/model.onnx", "onnx/encoder_model.onnx"
 # What a text of some families is made of beside its ids, and a graph would lack.
 OTHER_INPUTS = ("bbox", "xpath_tags_seq", "lang_ids")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -55,15 +55,23 @@ def check_export(source: Source, config: Any) -> None:
             f"--export: got 'onnx' for {name}, which reads {others[0]} beside the ids, as a graph would not; leave it "
             "out"
         )
-    if config.is_encoder_decoder or config.causal or name.endswith("MultipleChoice"):
-        kind = "chooses among texts" if name.endswith("MultipleChoice") else "writes text"
+    kind = None
+    if name.endswith("MultipleChoice"):
+        kind = "chooses among texts"
+    elif config.causal:
+        kind = "writes text"
+    elif config.is_encoder_decoder and not name.endswith(("Model", "ForConditionalGeneration")):
+        kind = "reads with its decoder too"
+    if kind is not None:
         raise OptionError(
-            f"--export: got 'onnx' for {name}, which {kind}; a graph is made of encoders that read one: leave it out"
+            f"--export: got 'onnx' for {name}, which {kind}; a graph is made of encoders that read one text: leave it "
+            "out"
         )
 
 
 def export_onnx(source: Source, folder: Path, announce: Announce) -> Check:
-    """Write the graph of the checkpoint in `folder`, in float32, of batches and texts of any size.
+    """Write the graph of the checkpoint in `folder`, in float32, of batches and texts of any size. An encoder-decoder's
+    is that of its encoder alone.
 
     Its inputs are those of the tokenizer, its outputs the model's tensors by their names.
 
@@ -73,6 +81,9 @@ def export_onnx(source: Source, folder: Path, announce: Announce) -> Check:
     announce("exporting")
     cls = auto_class(source.family.auto_class(source.lsg_class))
     model = cls.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    graph = GRAPH
+    if model.config.is_encoder_decoder:
+        model, graph = model.get_encoder(), ENCODER_GRAPH
     known = ("input_ids", "attention_mask", "token_type_ids")
     given = getattr(source.tokenizer, "model_input_names", known[:2])
     inputs = [name for name in known if name in given]
@@ -82,7 +93,7 @@ def export_onnx(source: Source, folder: Path, announce: Announce) -> Check:
     with torch.no_grad():
         outputs = list(tensors_of(model(**tensors)))
     axes = tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in inputs)
-    path = folder / GRAPH
+    path = folder / graph
     path.parent.mkdir()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is missing, it says
     with warnings.catch_warnings():
@@ -97,7 +108,7 @@ def export_onnx(source: Source, folder: Path, announce: Announce) -> Check:
             dynamo=True,
             verbose=False,
         )
-    return same_as_model(path, model, inputs, source.options.max_sequence_length, announce)
+    return same_as_model(folder, graph, model, inputs, source.options.max_sequence_length, announce)
 
 
 def batch(model: PreTrainedModel, inputs: list[str], rows: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -111,11 +122,13 @@ def batch(model: PreTrainedModel, inputs: list[str], rows: int, tokens: int) -> 
 
 
 @torch.no_grad()
-def same_as_model(path: Path, model: PreTrainedModel, inputs: list[str], limit: int, announce: Announce) -> Check:
+def same_as_model(
+    folder: Path, graph: str, model: PreTrainedModel, inputs: list[str], limit: int, announce: Announce
+) -> Check:
     """The graph gives what the model gives, one text or three padded ones, around the edges of blocks."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / graph, providers=["CPUExecutionProvider"])
     block, full = model.config.block_size, model.config.full_attention_length or 0
     edges = {1, block, block + 1, 2 * block, 2 * block + 1, full, full + 1, 5 * block + 3, LONGEST, limit}
     lengths = sorted({fitting(model, tokens) for tokens in edges if 0 < tokens <= min(limit, LONGEST)})
@@ -134,7 +147,7 @@ def same_as_model(path: Path, model: PreTrainedModel, inputs: list[str], limit: 
     hint = ""
     if model.config.sparsity_type == "norm":  # as where positions are rotary, and words alike have norms alike
         hint = "; where many keys have one norm, rounding chooses among them: try sparsity_type 'pooling'"
-    require(worst <= TOLERANCE, f"{GRAPH} gives states {worst:.0e} away from the model's{hint}")
+    require(worst <= TOLERANCE, f"{graph} gives states {worst:.0e} away from the model's{hint}")
     return Check(
-        f"{GRAPH} gives what the model gives, from {lengths[0]} to {lengths[-1]} tokens", f"{worst:.0e}, float32"
+        f"{graph} gives what the model gives, from {lengths[0]} to {lengths[-1]} tokens", f"{worst:.0e}, float32"
     )

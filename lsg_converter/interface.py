@@ -14,7 +14,7 @@ from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterfa
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .modeling.lsg_forward import lsg_forward
+from .modeling.lsg_forward import lsg_forward, require_tensor
 from .modeling.lsg_text import lsg_arguments
 
 
@@ -79,11 +79,12 @@ def text_mask(
         refuse_other_attention(config.__class__)
     device = device if attention_mask is None else attention_mask.device
     start = int(q_offset)
-    causal = mask_function is causal_mask_function
-    if not causal and mask_function is not bidirectional_mask_function:
-        if use_vmap:
-            raise ValueError(_other_mask("a function of its own says what is seen"))
-        causal = is_causal_mask(mask_function, batch_size, start, q_length, local_size, device)
+    causal = "allow_is_bidirectional_skip" not in kwargs  # Masks of both sides, and these alone, are made with it.
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        known = not use_vmap and sees_as_expected(
+            mask_function, causal, batch_size, start, q_length, local_size, device
+        )
+        require_tensor(known, OTHER_MASK)
     tokens = start + q_length if causal else kv_offset + kv_length
     if attention_mask is None:
         mask = torch.ones(batch_size, tokens, dtype=torch.bool, device=device)
@@ -97,58 +98,42 @@ def text_mask(
     return mask if causal else mask[:, None, None]
 
 
-def is_causal_mask(
+OTHER_MASK = (
+    "attention_mask: the model asks for one in which some tokens see what others do not, as for texts that stand end "
+    "to end, for chunks, or for a start that sees itself; LSG cannot follow it: use attn_implementation='sdpa'"
+)
+
+
+def sees_as_expected(
     mask_function: Callable[..., Any],
+    causal: bool,
     batch_size: int,
     start: int,
     q_length: int,
     local_size: int | None,
     device: torch.device | str,
-) -> bool:
-    """Whether a mask function hides what comes after a query: tried at the keys beside each query, at the first one,
-    and at the edges of its window of `local_size` tokens.
-
-    Raises:
-        ValueError: where it is neither causal nor bidirectional, with or without a window.
-    """
-    row = torch.arange(batch_size, device=device)[:, None]
-    head = torch.zeros((), dtype=torch.int64, device=device)
-
-    def sees(ahead: int | None) -> bool | None:
-        """Whether queries see the keys so far ahead, or the first key: all, or none; None where there are none."""
-        place = torch.arange(start, start + q_length, device=device)
-        other = torch.zeros_like(place) if ahead is None else place + ahead
-        exists = (other >= 0) & (other < start + q_length)
-        place, other = place[exists], other[exists]
-        if not len(place):
-            return None
-        seen = mask_function(row, head, place[None], other[None])
-        if bool(seen.all()) == bool(seen.any()):
-            return bool(seen.all())
-        raise ValueError(_other_mask("some tokens see what others do not"))
-
-    after = sees(1)
-    causal = not after  # of one token it makes no difference
+) -> torch.Tensor:
+    """Whether a mask function hides what comes after a query if it is causal, what is farther away than a window of
+    `local_size` tokens, and nothing else: tried at the keys beside each query, at the first one, and at the edges of
+    the window. A boolean without dimensions, since no graph may depend on it."""
     window = None if local_size is None else local_size if causal else local_size + 1
-    expected: dict[int | None, bool] = {0: True, -1: window is None or window > 1}
+    expected: dict[int | None, bool] = {0: True, -1: window is None or window > 1, 1: not causal}
     if window is None:
-        expected[None] = True
+        expected[None] = True  # the first one
     else:
         expected |= {1 - window: True, -window: False}
         if not causal:
             expected |= {window - 1: True, window: False}
+    row = torch.arange(batch_size, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    stop = start + q_length
+    place = torch.arange(start, stop, device=device)
+    as_expected = []
     for ahead, expectation in expected.items():
-        seen = sees(ahead)
-        if seen is not None and seen is not expectation:
-            raise ValueError(_other_mask("what is near or far is not seen alike from everywhere"))
-    return causal
-
-
-def _other_mask(what: str) -> str:
-    return (
-        f"attention_mask: the model asks for one in which {what}, as for texts that stand end to end, for chunks, or "
-        'for a start that sees itself; LSG cannot follow it: use attn_implementation="sdpa"'
-    )
+        key = torch.zeros_like(place) if ahead is None else place + ahead
+        seen = mask_function(row, head, place[None], key.clamp(0, stop - 1)[None])
+        as_expected.append((seen == expectation) | (key < 0) | (key >= stop))
+    return torch.stack([seen.all() for seen in as_expected]).all()
 
 
 @lru_cache

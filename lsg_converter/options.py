@@ -115,7 +115,7 @@ class ConversionOptions:
     )
     export: Literal["none", "onnx"] = field(
         default="none",
-        metadata=_help("Write an ONNX graph too, onnx/model.onnx, right at every length; encoders only."),
+        metadata=_help("Write an ONNX graph of the encoder too, in onnx/, right at every length."),
     )
     revision: str | None = field(
         default=None, metadata=_help("The branch, tag or commit of a source on the Hub; its main branch unless given.")

@@ -131,7 +131,8 @@ class Source:
             self.positions = getattr(self.config, "n_positions", None) or USUAL_LENGTH
         self.special_positions = base_class.special_positions(self.config)
         rotary = getattr(self.config, "position_embedding_type", None) == "rotary"
-        self.computes_positions = rotary or self.family.config_class.sinusoidal_positions or not absolute
+        computed = self.family.config_class.sinusoidal_positions or not absolute
+        self.computes_positions = rotary or computed or not getattr(self.config, "position_biased_input", True)
         causal = self.family.config_class.has_causal_form and self.config.is_decoder
         self.is_decoder = causal or self.family.is_decoder(self.lsg_class)
         self.warnings: list[str] = []

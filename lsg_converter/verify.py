@@ -337,6 +337,10 @@ def in_float64(model: PreTrainedModel) -> Iterator[None]:
             handles.append(module.register_forward_hook(lambda module, _, output: output.double()))
         elif module._parameters or hasattr(module, "wo"):
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(restore)]
+        table = getattr(module, "rel_embeddings", None)  # of which DeBERTa's stack of layers reads the weight
+        if table is not None:
+            handles.append(module.register_forward_pre_hook(lambda _, args, table=table: widen(table, args)))
+            handles.append(module.register_forward_hook(lambda _, args, out, table=table: restore(table, args, out)))
     try:
         yield
     finally:

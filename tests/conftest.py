@@ -53,10 +53,10 @@ class Golden:
 class Made:
     """A family without recorded numbers."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, **changes: Any) -> None:
         self.name = name
         self.source = folder / "source"
-        make_source(name, GOLDEN, self.source)
+        make_source(name, GOLDEN, self.source, **changes)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,6 +10,7 @@ import torch
 from lsg_converter import families
 
 
+RELATIVE = {"relative_attention": True, "max_relative_positions": -1, "pos_att_type": ["p2c", "c2p"]}
 # What T5 and its kin have beside what Pegasus has; a field that is None is left out.
 _T5 = {
     **{"d_kv": 6, "d_ff": 24, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 1, "n_positions": 512},
@@ -22,6 +23,12 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "blenderbot": ("bart", "BlenderbotForConditionalGeneration", {}),
     "blenderbot_small": ("bart", "BlenderbotSmallForConditionalGeneration", {}),
     "data2vec_text": ("roberta", "Data2VecTextForMaskedLM", {}),
+    "deberta": ("bert", "DebertaForMaskedLM", {**RELATIVE, "type_vocab_size": 0, "position_biased_input": False}),
+    "deberta_v2": (
+        "bert",
+        "DebertaV2ForMaskedLM",
+        {**RELATIVE, "share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
+    ),
     "ernie": ("bert", "ErnieForPreTraining", {"use_task_id": True}),
     "esm": (
         "roberta",
@@ -43,13 +50,14 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_source(name: str, golden: Path, folder: Path) -> None:
-    """Save the family's checkpoint to `folder`; `golden` has those of the recorded families."""
+def make_source(name: str, golden: Path, folder: Path, **others: Any) -> None:
+    """Save the family's checkpoint to `folder`; `golden` has those of the recorded families, and `others` is what
+    differs in its configuration."""
     like, architecture, changes = LIKE[name]
     content = json.loads((golden / like / "source" / "config.json").read_text())
     family = families.family(next(kind for kind in families.model_types() if kind.replace("-", "_") == name))
     config_class = families.stock_class(family.config_class)
-    content = {**content, **changes, "model_type": config_class.model_type, "architectures": [architecture]}
+    content = {**content, **changes, **others, "model_type": config_class.model_type, "architectures": [architecture]}
     content = {name: value for name, value in content.items() if value is not None}
     torch.manual_seed(0)
     model = families.stock_class(family.architectures[architecture])(config_class.from_dict(content))

@@ -42,7 +42,8 @@ def sparse_sequence(key, value, keep, first_query, block, sparse, factor, kind, 
 def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind="norm", causal=False, bias=None):
     """The output for one row: query, key, value of shape (heads, g + t, width), keep of shape (g + t,).
 
-    `bias`, (heads, 2 * reach + 1), adds `bias[head, reach + p - p']` to the score of a query at p and a key at p'.
+    `bias`, (heads, 2 * reach + 1), adds `bias[head, reach + p - p']` to the score of a query at p and a key at p'; or
+    it is a function of the head, query, key and `p - p'`.
     """
     query, key, value = query.double(), key.double(), value.double()
     output = torch.zeros_like(query)
@@ -50,9 +51,11 @@ def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind
     text = total - g
     padded = -(-text // block) * block
 
-    def added(head, place, key_place):
+    def added(head, q, place, k, key_place):
         if bias is None or place is None or key_place is None:  # a global token has none
             return 0.0
+        if callable(bias):
+            return float(bias(head, q, k, place - key_place))
         reach = bias.shape[1] // 2
         return float(bias[head, reach + min(max(place - key_place, -reach), reach)])
 
@@ -61,7 +64,7 @@ def attention(query, key, value, keep, *, g=1, block=4, sparse=4, factor=2, kind
         if not seen:
             return torch.zeros(width, dtype=torch.float64)
         keys, values = (torch.stack(part) for part in list(zip(*seen, strict=True))[:2])
-        biases = torch.tensor([added(head, place, key_place) for *_, key_place in seen], dtype=torch.float64)
+        biases = torch.tensor([added(head, q, place, k, key_place) for k, _, key_place in seen], dtype=torch.float64)
         return torch.softmax(keys @ q / width**0.5 + biases, dim=0) @ values
 
     for head in range(heads):

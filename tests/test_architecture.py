@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 
-RELATIVE = ("mpnet",)
+RELATIVE = ("mpnet", "deberta", "deberta_v2")
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
     "__main__": {"cli"},
@@ -45,7 +45,7 @@ BELOW = {
     "modeling/lsg_text": {"lsg_attention", "lsg_layout", "lsg_sparsity", "lsg_step"},
     "modeling/lsg_forward": {"lsg_attention", "lsg_layout", "lsg_step", "lsg_text"},
     "modeling/lsg_generation": {"lsg_packing", "lsg_sparsity", "lsg_step"},
-    "modeling/lsg_modules": {"lsg_attention", "lsg_config", "lsg_generation", "lsg_packing"},
+    "modeling/lsg_modules": {"lsg_attention", "lsg_bias", "lsg_config", "lsg_generation", "lsg_packing"},
     "modeling/lsg_modeling": {
         "lsg_attention",
         "lsg_classes",
@@ -54,6 +54,9 @@ BELOW = {
         "lsg_layout",
         "lsg_modules",
         "lsg_packing",
+    },
+    "modeling/lsg_disentangled": {
+        *("lsg_bias", "lsg_config", "lsg_layout", "lsg_modeling", "lsg_modules", "lsg_packing"),
     },
     "modeling/lsg_seq2seq": {
         *("lsg_classes", "lsg_config", "lsg_generation", "lsg_modeling", "lsg_modules", "lsg_packing"),
@@ -87,7 +90,8 @@ def test_arrows():
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).with_suffix("").as_posix()
         if name.startswith("modeling/modeling_lsg_"):
-            allowed = {"lsg_bias", "lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_seq2seq", "lsg_t5"}
+            allowed = {"lsg_bias", "lsg_classes", "lsg_config", "lsg_modeling", "lsg_modules", "lsg_seq2seq"}
+            allowed |= {"lsg_disentangled", "lsg_t5"}
         elif name == "modeling/__init__":
             allowed = set()
         else:

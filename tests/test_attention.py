@@ -11,6 +11,7 @@ from strategies import KINDS, batches
 from torch.nn.utils.rnn import pad_sequence
 
 from lsg_converter.modeling import lsg_attention as module, lsg_cpu
+from lsg_converter.modeling.lsg_bias import RelativeEmbeddings
 from lsg_converter.modeling.lsg_packing import pack_batch, promote
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
@@ -96,6 +97,71 @@ def test_eager_agrees_with_the_specification(data, kind):
 def biases(reach):
     """A table of biases, by head."""
     return torch.randn(HEADS, 2 * reach + 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def relative(reach, terms):
+    """Embeddings of distances, by head, and which stand for a distance; what they add, for `oracle`."""
+    generator = torch.Generator().manual_seed(5)
+    number = min(2 * reach + 1, 9)
+    tensors = torch.randn(2, HEADS, number, WIDTH, generator=generator, dtype=torch.float64).unbind()
+    keys, queries = (x if name in terms else None for name, x in zip(("c2p", "p2c"), tensors, strict=True))
+    rows = torch.randint(number, (2 * reach + 1,), generator=generator).sort().values
+
+    def added(head, query, key, distance):
+        row = rows[reach + min(max(distance, -reach), reach)]
+        products = [] if keys is None else [query @ keys[head, row]]
+        products += [] if queries is None else [key @ queries[head, row]]
+        return sum(products) / WIDTH**0.5
+
+    return RelativeEmbeddings(keys, queries, rows), added
+
+
+TERMS = st.sampled_from([("c2p", "p2c"), ("c2p",), ("p2c",)])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lsh"])
+@given(data=st.data(), reach=st.integers(0, 40), causal=st.booleans(), terms=TERMS)
+def test_terms_of_distance_agree_with_the_specification(data, kind, reach, causal, terms):
+    fields, rows = data.draw(batches(kind, max_rows=2))
+    g, block, sparse, factor, kind = fields.values()
+    keep = pad_sequence(rows, batch_first=True)
+    q, k, v = random_states(*keep.shape)
+    bias, added = relative(reach, terms)
+    output, _ = lsg_attention(q, *cover(keep, k, v), keep, **fields, causal=causal, bias=bias, kernel="eager")
+    options = {"g": g, "block": block, "sparse": sparse, "factor": factor, "kind": kind, "causal": causal}
+    for i, row in enumerate(rows):
+        alone = (x[i, :, : len(row)] for x in (q, k, v))
+        close(output[i, :, : len(row)], oracle.attention(*alone, row, **options, bias=added), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    data=st.data(),
+    reach=st.integers(0, 40),
+    causal=st.booleans(),
+    full=st.sampled_from([None, 13, 40]),
+    terms=TERMS,
+)
+def test_terms_of_distance_are_alike_in_all_kernels(data, kind, reach, causal, full, terms):
+    """Also in their gradients, and whatever stands under the mask."""
+    fields, rows = data.draw(batches(kind))
+    keep = pad_sequence(rows, batch_first=True)
+    weight = torch.randn(*keep.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = weight[:, None, :, None] * counts(keep)
+    options = fields | {"causal": causal, "full_attention_length": None if causal else full}
+    (*tables, columns), _ = relative(reach, terms)
+    q, k, v = random_states(*keep.shape)
+    results = []
+    for name, tensors in (("eager", (q, k, v)), ("portable", (q, *cover(keep, k, v)))):
+        leaves = [None if x is None else x.clone().requires_grad_() for x in (*tensors, *tables)]
+        bias = RelativeEmbeddings(*leaves[3:], columns)
+        output, _ = lsg_attention(*leaves[:3], keep, **options, bias=bias, kernel=name)
+        (output * weight).sum().backward()
+        leaves = [leaf for leaf in leaves if leaf is not None]
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        results.append([output.detach() * counts(keep), *grads])
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lsh"])

@@ -1,5 +1,6 @@
 """Encoders and decoders of checkpoints of their own, of which one has LSG, or both."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,13 +10,21 @@ import pytest
 import torch
 from conftest import GOLDEN, run_command
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BertConfig,
     BertLMHeadModel,
+    EncoderDecoderConfig,
     EncoderDecoderModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    SpeechEncoderDecoderConfig,
+    VisionEncoderDecoderConfig,
+    VisionTextDualEncoderConfig,
+    ViTConfig,
+    Wav2Vec2Config,
 )
 
 from lsg_converter import LSGEncoderDecoderModel, families
@@ -281,11 +290,39 @@ def test_models_that_are_given(folders, tmp_path):
     assert torch.equal(loaded(input_ids=ids, decoder_input_ids=ids).logits, logits)
 
 
+def test_configurations_of_transformers_refuse_lsg_parts(folders):
+    """Which they would make stock parts of, from the fields, and then from what is saved."""
+    config = AutoConfig.from_pretrained(folders["lsg-bert"], trust_remote_code=True)
+    for make in (
+        lambda: EncoderDecoderConfig.from_encoder_decoder_configs(config, config),
+        lambda: EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(), config),
+        lambda: EncoderDecoderConfig(encoder=config.to_dict(), decoder=BertConfig().to_dict()),
+        lambda: VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(), config),
+        lambda: SpeechEncoderDecoderConfig.from_encoder_decoder_configs(Wav2Vec2Config(), config),
+        lambda: VisionTextDualEncoderConfig.from_vision_text_configs(ViTConfig(), config),
+        lambda: AutoConfig.for_model(**config.to_dict()),
+        lambda: BertConfig.from_dict(config.to_dict()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^attn_implementation: .* LSGEncoderDecoderModel .*='sdpa' in its place$"
+        ):
+            make()
+    stock = AutoConfig.for_model(**{**config.to_dict(), "attn_implementation": "sdpa"})
+    assert type(stock) is BertConfig and stock.block_size == config.block_size
+    ours = lsg_encoder_decoder.LSGEncoderDecoderConfig.from_encoder_decoder_configs(config, copy.deepcopy(config))
+    model = LSGEncoderDecoderModel(ours)
+    assert type(model.encoder).__name__ == "LSGBertModel" and model.encoder.config._attn_implementation == "sdpa"
+    assert model.config.encoder is model.encoder.config
+    encoder = AutoModel.from_pretrained(folders["lsg-bert"], trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"a second time; LSGBertModel needs .* take LSGEncoderDecoderModel"):
+        encoder.config = encoder.config  # as Transformers' model does where it has an LSG part
+
+
 def test_what_cannot_be_is_said(folders, tmp_path):
     load = LSGEncoderDecoderModel.from_encoder_decoder_pretrained
     encoder = AutoModel.from_pretrained(folders["lsg-bert"], trust_remote_code=True)
     decoder = BertLMHeadModel.from_pretrained(folders["bert"], is_decoder=True, add_cross_attention=True)
-    with pytest.raises(ValueError, match=r"LSGBertModel needs its LSGBertConfig.* LSGEncoderDecoderModel"):
+    with pytest.raises(ValueError, match=r"^attn_implementation: got the fields of an LSG.* LSGEncoderDecoderModel"):
         EncoderDecoderModel(encoder=encoder, decoder=decoder)
     with pytest.raises(ValueError, match=r"^block_size: got an unknown argument; .* encoder_ or decoder_"):
         load(folders["lsg-bert"], folders["lsg-bert"], block_size=4)

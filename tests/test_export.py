@@ -224,10 +224,28 @@ def test_the_command_writes_a_graph(name, tmp_path, flags):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("\n") == 4
 
 
+@pytest.mark.full
+def test_an_encoder_decoder_has_a_graph_of_its_encoder(tmp_path):
+    target = tmp_path / "lsg"
+    flags = ["--max_sequence_length", "512", "--model_kwargs", "{'block_size': 32, 'sparse_block_size': 32}"]
+    assert run_command(Golden("bart").source, target, "--export", "onnx", "--quiet", "--no_verify", *flags) == 0
+    session = onnxruntime.InferenceSession(target / "onnx" / "encoder_model.onnx")
+    model = AutoModel.from_pretrained(target, trust_remote_code=True).eval()
+    tokens, mask = ids(300)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    names = ["last_hidden_state", "global_hidden_state"]  # which the decoder sees too
+    outputs = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        expected = model.encoder(**inputs)
+    for name, actual in zip(names, map(torch.from_numpy, outputs), strict=True):
+        weight = mask[..., None] if name == names[0] else 1
+        torch.testing.assert_close(actual * weight, expected[name] * weight, rtol=0, atol=1e-4)
+
+
 def test_what_has_no_graph_is_refused(tmp_path, bert, capsys, monkeypatch):
     target = tmp_path / "lsg"
-    for source, flags in ((Golden("bart").source, []), (bert.source, ["--architecture", "BertForMultipleChoice"])):
-        assert run_command(source, target, "--export", "onnx", *flags) == 2
+    for source, head in ((Golden("bart"), "BartForQuestionAnswering"), (bert, "BertForMultipleChoice")):
+        assert run_command(source.source, target, "--export", "onnx", "--architecture", head) == 2
         assert "--export: got 'onnx' for LSGB" in capsys.readouterr().err
     assert run_command(Made("layoutlm", tmp_path).source, target, "--export", "onnx") == 2
     assert "which reads bbox beside the ids" in capsys.readouterr().err

@@ -1,7 +1,5 @@
-"""The Hub kernel: made by its script, it needs torch alone, and Transformers takes it by its own rules, offline."""
+"""The Hub kernel: made by its script, it needs torch alone, and Transformers loads it by `kernels`, offline."""
 
-import importlib.util
-import json
 import os
 import runpy
 import subprocess
@@ -36,31 +34,16 @@ def kernel(tmp_path_factory):
     return output
 
 
-def load(repository, monkeypatch):
-    """Have Transformers find the kernel in a folder: through `kernels` where there is one, else by the same call."""
-    if hub_kernels.is_kernels_available():
-        monkeypatch.setenv("LOCAL_KERNELS", f"owner/lsg={repository}")
-        return
-
-    def get_kernel(repo_id, **kwargs):
-        assert repo_id == "owner/lsg"
-        variant = repository / "build" / "torch-cpu"
-        name = json.loads((variant / "metadata.json").read_text())["id"]
-        spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
-    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
-
-
 @pytest.fixture
 def llama(kernel, monkeypatch):
+    kernels = pytest.importorskip("kernels")
     for interface in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
     monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
-    load(kernel, monkeypatch)
+    monkeypatch.setenv("LOCAL_KERNELS", f"owner/lsg={kernel}")
+    if not hub_kernels.is_kernels_available():  # of another version than Transformers asks for
+        monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+        monkeypatch.setattr(hub_kernels, "get_kernel_hub", kernels.get_kernel, raising=False)
     register_attention("lsg")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -89,10 +72,20 @@ def test_it_is_what_the_package_registers(llama):
 
 def test_texts_end_to_end_are_refused(llama):
     positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
-    with pytest.raises(
-        ValueError, match=r"^position_ids: got 17 for the last of 30 keys; LSG takes no texts that stand"
-    ):
+    with pytest.raises(ValueError, match=r"^position_ids: they end before the keys do; LSG takes no texts that stand"):
         llama(torch.arange(30)[None] + 5, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.full
+def test_a_model_compiles_as_one_graph(llama):
+    ids = torch.arange(30)[None] + 5
+    torch._dynamo.reset()
+    compiled = torch.compile(llama, fullgraph=True, backend="eager")
+    output, expected = (x(ids, use_cache=False).last_hidden_state for x in (compiled, llama))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match=r"^position_ids: they end before the keys do"):
+        compiled(ids, position_ids=torch.arange(30)[None] % 18, use_cache=False)
+    torch._dynamo.reset()
 
 
 def test_it_imports_torch_alone(kernel):

@@ -216,12 +216,20 @@ def test_a_module_that_does_not_say_whether_it_is_causal():
 
 
 @pytest.mark.newest
-def test_a_model_compiles_as_one_graph():
-    network, (ids, mask) = model("Llama"), batch()
+@pytest.mark.parametrize("name", ["Llama", *(pytest.param(x, marks=pytest.mark.full) for x in ("Qwen3", "ModernBert"))])
+def test_a_model_compiles_as_one_graph(name):
+    """With a mask and without, where the model's positions may say that texts stand end to end; and windows."""
+    network, (ids, mask) = model(name), batch()
+    torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
-    output = compiled(ids, attention_mask=mask, use_cache=False).last_hidden_state
-    expected = network(ids, attention_mask=mask, use_cache=False).last_hidden_state
-    torch.testing.assert_close(output * mask[..., None], expected * mask[..., None], rtol=0, atol=1e-10)
+    options = {} if name in ENCODERS else {"use_cache": False}
+    for kept in (mask, None):
+        output, expected = (x(ids, attention_mask=kept, **options).last_hidden_state for x in (compiled, network))
+        weight = 1 if kept is None else kept[..., None]
+        torch.testing.assert_close(output * weight, expected * weight, rtol=0, atol=1e-10)
+    if name not in ENCODERS:
+        with pytest.raises(RuntimeError, match=r"^attention_mask: .* some tokens see what others"):
+            compiled(ids, position_ids=torch.arange(50)[None] % 30, **options)
     torch._dynamo.reset()
 
 

@@ -1,6 +1,7 @@
 """A converted checkpoint loads where this package is not: from a folder, and through the cache of the Hub."""
 
 import ast
+import copy
 import importlib.metadata
 import json
 import os
@@ -112,9 +113,35 @@ def test_without_the_flag_it_is_refused(converted, golden):
             load(converted)
     assert AutoTokenizer.from_pretrained(converted).model_max_length == 1000
     assert type(stock.from_pretrained(converted, attn_implementation="sdpa")) is stock
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+    loaded = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=True)  # which chooses an implementation
+    assert type(loaded).__name__ == f"LSG{stock.__name__}" and loaded.config._attn_implementation == "sdpa"
+    for make in (stock, stock._from_config, lambda config: stock.from_pretrained(converted, config=config)):
+        with pytest.raises(ValueError, match=r"load it with trust_remote_code=True"):
+            make(copy.deepcopy(config))
+    config.output_attentions = True
+    assert config._attn_implementation == "eager"
     for kernel in (None, "eager"):
         model = AutoModel.from_pretrained(converted, trust_remote_code=True, attn_implementation=kernel)
         assert model.config._attn_implementation == (kernel or "sdpa")
+
+
+def test_a_field_that_config_json_lacks(converted, tmp_path, caplog):
+    """Its default would be another model, silently."""
+    folder = tmp_path / "lsg-model"
+    shutil.copytree(converted, folder)
+    content = json.loads((folder / "config.json").read_text())
+    lsg_fields = families.family(content["model_type"]).lsg_fields
+    for name in (*lsg_fields, "max_position_embeddings"):
+        (folder / "config.json").write_text(json.dumps({key: x for key, x in content.items() if key != name}))
+        if name in ("full_attention_length", "position_step"):
+            assert AutoConfig.from_pretrained(folder, trust_remote_code=True).to_dict()[name] == content[name]
+            continue
+        with pytest.raises(ValueError, match=rf"^{name}: config.json lacks it; .* or give {name} when you load it$"):
+            AutoModel.from_pretrained(folder, trust_remote_code=True)
+        given = AutoConfig.from_pretrained(folder, trust_remote_code=True, **{name: content[name]})
+        assert getattr(given, name) == content[name]
+    assert len(lsg_fields) > 10
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "6.0.0"])

@@ -187,6 +187,33 @@ def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kin
 
 
 @pytest.mark.made_families
+def test_padding_on_the_left_is_said_once_where_it_changes_what_a_row_gives(load, caplog):
+    model = load()
+    ids = ids_of(model, 2, 30)
+    right, left = torch.ones_like(ids), torch.ones_like(ids)
+    right[0, 25:] = left[0, :5] = 0
+    positions = torch.arange(30)[None].expand(2, -1)
+
+    def said(mask, **more):
+        caplog.clear()
+        model(ids, attention_mask=mask, **more)
+        return [record.message for record in caplog.records if "padding on the left" in record.message]
+
+    transformers.logging.get_logger().addHandler(caplog.handler)
+    transformers.utils.logging.warning_once.cache_clear()
+    try:
+        assert not said(right)
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        if takes_positions:
+            assert not said(left, position_ids=positions)
+        first, again = said(left), said(left)
+        assert len(first) == (not model.positions_follow_padding) and not again
+        assert all(("give position_ids" in line) is takes_positions for line in first)
+    finally:
+        transformers.logging.get_logger().removeHandler(caplog.handler)
+
+
+@pytest.mark.made_families
 @pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
 def test_tokens_that_see_all(load, kernel):
     """`global_attention_mask`, by row: one layer carries a token at the start to one far away, and back."""
@@ -300,8 +327,8 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
     (packed.last_hidden_state * weight * mask[:, :, None]).sum().backward()
     grads = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    follows = model.positions_follow_padding or not model.config.absolute_positions
-    left = 2 if follows else 0  # left out too, where blocks count from the first token
+    # Left out too, where blocks count from the first token.
+    left = 0 if model.find_first_token({"attention_mask": mask}) is None else 2
     assert max(seen) == sum(g + max(length, 1) for length in tokens) - left
     for hook in hooks:
         hook.remove()
@@ -725,7 +752,10 @@ def test_no_encoder_decoder_of_other_configurations(converted, golden):
         pytest.skip("one family shows it")
     encoder = AutoModel.from_pretrained(converted, trust_remote_code=True)
     decoder = transformers.BertLMHeadModel.from_pretrained(golden.source, is_decoder=True, add_cross_attention=True)
-    with pytest.raises(ValueError, match="config: got a BertConfig; LSGBertModel needs its LSGBertConfig"):
+    with pytest.raises(
+        ValueError,
+        match=r"^attn_implementation: got the fields of an LSG model for a stock one; .* LSGEncoderDecoderModel",
+    ):
         transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .lsg_bias import distance_bias, full_bias
+from .lsg_bias import Bias, RelativeEmbeddings, added_scores, full_scores
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
 from .lsg_sparsity import check_sparsity, sparsify
@@ -50,7 +50,7 @@ def lsg_attention(
     dropout: float = 0.0,
     kernel: str = "sdpa",
     seqlens: list[int] | None = None,
-    bias: torch.Tensor | None = None,
+    bias: Bias | None = None,
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
 
@@ -102,7 +102,7 @@ def lsg_attention(
         if causal:
             place = torch.arange(length, device=query.device)
             mask = mask & ((place < g) | (place <= place[:, None]))
-        added = None if bias is None else full_bias(bias, g, length - g)
+        added = None if bias is None else full_scores(bias, query, key, g)
         output, probabilities = attend(query, key, value, mask, dropout, added)
         if causal:
             output = torch.cat([query[:, :, :g], output[:, :, g:]], dim=2)
@@ -124,6 +124,7 @@ def lsg_attention(
     tokens = query, key, value, attention_mask[:, None]
     if kernel == "cpu":
         packed = sparsify_packed(tokens, seqlens or [length], layout, shorten)
+        assert not isinstance(bias, RelativeEmbeddings)
         return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout, bias), None
     sparse = shorten(*tokens)
     if kernel == "triton":
@@ -155,7 +156,7 @@ def sparsify_packed(
 
 
 def choose_kernel(
-    query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: float = 0.0, bias: torch.Tensor | None = None
+    query: torch.Tensor, kernel: str, layout: LSGLayout, dropout: float = 0.0, bias: Bias | None = None
 ) -> str:
     """Which kernel computes the attention of texts of more than two blocks, if `kernel` is asked for.
 
@@ -175,7 +176,7 @@ def choose_kernel(
     reason = None
     if kernel == "sdpa":
         kernel = "portable"
-        if cpu_kernel_serves(query):
+        if cpu_kernel_serves(query) and not isinstance(bias, RelativeEmbeddings):
             kernel = "cpu"
         elif bias is None and triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
@@ -183,6 +184,8 @@ def choose_kernel(
             kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
+    elif kernel == "cpu" and isinstance(bias, RelativeEmbeddings):
+        reason = "it takes no products with embeddings of distances"
     elif kernel == "triton":
         reason = triton_serves(query, layout) if bias is None else "it takes no bias"
     if reason is not None:
@@ -264,7 +267,7 @@ def blockwise_attention(
     layout: LSGLayout,
     dropout: float,
     attend: Attend,
-    bias: torch.Tensor | None = None,
+    bias: Bias | None = None,
 ) -> tuple[torch.Tensor, Probabilities | None]:
     """LSG attention by a call of `attend` for the text, and one for the globals: the form for every device, for
     compiling and for export. What each block sees is gathered, all blocks at once. Shapes as in `lsg_attention`."""
@@ -301,7 +304,9 @@ def blockwise_attention(
     added = None
     if bias is not None:
         place = None if sparse is None else sparse.place
-        added = blockwise_bias(bias, place, layout, num_blocks, length).expand(len(query), -1, -1, -1, -1).flatten(1, 2)
+        by_block, by_keys = (x.unflatten(1, (heads, num_blocks)) for x in (blocks, seen_key))
+        added = blockwise_bias(bias, by_block, by_keys, place, layout, length)
+        added = added.expand(len(query), -1, -1, -1, -1).flatten(1, 2)
     text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout, added)
     text_output = take_first(text_output.view(text_query.shape), length - g)
 
@@ -330,7 +335,7 @@ def blockwise_attention(
     start = [take_first(x, stop) for x in (query, key, value)]
     # In an exported graph the text may end before `stop`.
     start_mask = take_first(mask, stop) & (torch.arange(stop, device=query.device) < length)
-    added = None if bias is None else full_bias(bias, g, stop - g)
+    added = None if bias is None else full_scores(bias, start[0], start[1], g)
     full_output, _ = attend(*start, start_mask[:, :, None], dropout, added)
     output = torch.where(short, full_output.index_select(2, place.clamp(max=stop - 1)), output)
     if probabilities is not None:
@@ -340,30 +345,38 @@ def blockwise_attention(
 
 
 def blockwise_bias(
-    bias: torch.Tensor, sparse_place: torch.Tensor | None, layout: LSGLayout, num_blocks: int, length: int
+    bias: Bias,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    sparse_place: torch.Tensor | None,
+    layout: LSGLayout,
+    length: int,
 ) -> torch.Tensor:
     """What is added to the scores of each block of queries with the keys that it sees.
 
     Args:
-        bias: shape (heads, 2 * reach + 1).
+        query, key: of the blocks, (batch, heads, blocks, block_size or keys, head_dim); the first keys are the globals.
         sparse_place: of the sparse keys, as `SparseKeys` has it.
         length: the tokens of a row, the globals included.
 
     Returns:
         Shape (batch or 1, heads, blocks, block_size, keys).
     """
-    g, block = layout.num_global_tokens, layout.block_size
-    window, place = layout.local_window, torch.arange(block, device=bias.device)
-    key_place = window.offset + torch.arange(window.size, device=bias.device)
-    local = F.pad(distance_bias(bias, (place[:, None] - key_place)[None, None]), (g, 0))
+    g, block, num_blocks = layout.num_global_tokens, layout.block_size, query.shape[2]
+    window, place = layout.local_window, torch.arange(block, device=query.device)
+    key_place = window.offset + torch.arange(window.size, device=query.device)
+    distance = (place[:, None] - key_place)[None, None, None]
+    local = F.pad(added_scores(bias, query, key[:, :, :, g : g + window.size], distance), (g, 0))
+    local = local.expand(-1, -1, num_blocks, -1, -1)
     if sparse_place is None:
-        return local.expand(-1, num_blocks, -1, -1)[None]
+        return local
     batch = sparse_place.shape[0]
-    first = length * torch.arange(batch, device=bias.device)[:, None, None] + g
+    first = length * torch.arange(batch, device=query.device)[:, None, None] + g
     seen = [take_windows(sparse_place - first, window, num_blocks) for window in layout.sparse_windows]
-    start = block * torch.arange(num_blocks, device=bias.device)[:, None, None]
+    start = block * torch.arange(num_blocks, device=query.device)[:, None, None]
     distance = start + place[:, None] - torch.cat(seen, dim=3)[:, :, :, None]
-    return torch.cat([local.expand(batch, -1, num_blocks, -1, -1), distance_bias(bias, distance)], dim=-1)
+    sparse = added_scores(bias, query, key[:, :, :, g + window.size :], distance)
+    return torch.cat([local.expand(batch, -1, -1, -1, -1), sparse], dim=-1)
 
 
 def eager_kernel(

@@ -1,16 +1,63 @@
 """A bias by distance: what models with relative positions add to the scaled scores.
 
 It is a table, of shape (heads, 2 R + 1): to the score of a query at place `p` and a key at place `p'` it adds
-`table[:, R + p - p']`; a distance beyond `R` counts as `R`. A sparse key that is a token has its place, one that stands
-for several tokens the mean of theirs, rounded half to even. A global token has no place: there is no bias to it or from
-it. No scores of all queries with all keys are made of it, but where all of them are attended to.
+`table[:, R + p - p']`; a distance beyond `R` counts as `R`. Or it is made of products with embeddings of the distance,
+`RelativeEmbeddings`. A sparse key that is a token has its place, one that stands for several tokens the mean of theirs,
+rounded half to even. A global token has no place: there is no bias to it or from it. No scores of all queries with all
+keys are made of it, but where all of them are attended to.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+class RelativeEmbeddings(NamedTuple):
+    """The terms of DeBERTa (arXiv 2006.03654): to the score of a query at place `p` and a key at place `p'` they add
+    `(query . keys[row] + key . queries[row]) / sqrt(head_dim)`, where `row` is `rows[R + p - p']`; a distance beyond
+    `R` counts as `R`.
+
+    Attributes:
+        keys: what queries are multiplied with, (heads, embeddings, head_dim); None where there is no such term.
+        queries: what keys are multiplied with, likewise.
+        rows: which embedding stands for a distance, int64, (2 R + 1,); they do not fall as it grows.
+    """
+
+    keys: torch.Tensor | None
+    queries: torch.Tensor | None
+    rows: torch.Tensor
+
+
+Bias = torch.Tensor | RelativeEmbeddings
+
+
+def added_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of blocks of queries with the keys that each sees.
+
+    Args:
+        query, key: shape (batch, heads, blocks, queries or keys, head_dim).
+        distance: of a key from a query, int64, (batch or 1, heads or 1, blocks or 1, queries, keys).
+
+    Returns:
+        Shape (batch, heads, blocks, queries, keys), where a table has 1 for what the distances have once.
+    """
+    if not isinstance(bias, RelativeEmbeddings):
+        return distance_bias(bias, distance)
+    reach, shape = len(bias.rows) // 2, (*query.shape[:-1], key.shape[-2])
+    row = bias.rows[distance.clamp(-reach, reach) + reach].expand(shape)
+    terms = []
+    if bias.keys is not None:
+        terms.append((query @ _for_blocks(bias.keys)).gather(-1, row))
+    if bias.queries is not None:
+        terms.append((key @ _for_blocks(bias.queries)).gather(-1, row.transpose(-1, -2)).transpose(-1, -2))
+    return sum(terms, query.new_zeros(())) * query.shape[-1] ** -0.5
+
+
+def _for_blocks(embeddings: torch.Tensor) -> torch.Tensor:
+    return embeddings.transpose(-1, -2)[:, None]
 
 
 def distance_bias(bias: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
@@ -20,11 +67,13 @@ def distance_bias(bias: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
     return bias[head, distance.clamp(-reach, reach) + reach]
 
 
-def full_bias(bias: torch.Tensor, num_global_tokens: int, length: int) -> torch.Tensor:
-    """For full attention of a text of `length` tokens and the global tokens: (heads, g + t, g + t)."""
-    place = torch.arange(length, device=bias.device)
-    text = distance_bias(bias, (place[:, None] - place)[None, None])[:, 0]
-    return F.pad(text, (num_global_tokens, 0, num_global_tokens, 0))
+def full_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, num_global_tokens: int) -> torch.Tensor:
+    """What is added where all tokens attend to all, of shape (batch, heads, g + t, head_dim) each: (batch or 1, heads,
+    g + t, g + t)."""
+    g, place = num_global_tokens, torch.arange(query.shape[2] - num_global_tokens, device=query.device)
+    distance = (place[:, None] - place)[None, None, None]
+    text = added_scores(bias, query[:, :, None, g:], key[:, :, None, g:], distance)[:, :, 0]
+    return F.pad(text, (g, 0, g, 0))
 
 
 def bias_table(embedding: nn.Embedding, bucket: Callable[[torch.Tensor], torch.Tensor], reach: int) -> torch.Tensor:

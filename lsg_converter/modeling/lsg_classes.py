@@ -31,20 +31,30 @@ class LSGPreTrained:
 
     config_class: Any
     _no_split_modules: Any
+    is_part: bool = False  # of a model that keeps it an LSG model when it is loaded again
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # `EncoderDecoderModel` gives its parts stock configurations, and what it saves would come back as stock models.
-        if name == "config" and not isinstance(value, self.config_class):
-            raise ValueError(
-                f"config: got a {type(value).__name__}; {type(self).__name__} needs its {self.config_class.__name__}: "
-                "load that with trust_remote_code=True; for a part of an EncoderDecoderModel, which replaces it, take "
-                "LSGEncoderDecoderModel of lsg_converter"
-            )
+        # `EncoderDecoderModel` gives its parts stock configurations, or theirs again when they are made, and what it
+        # saves would come back as stock models.
+        if name == "config" and not self.is_part:
+            again = "all_tied_weights_keys" in vars(self) and value is vars(self)["config"]
+            if again or not isinstance(value, self.config_class):
+                raise ValueError(
+                    f"config: got a {type(value).__name__}{' a second time' if again else ''}; {type(self).__name__} "
+                    f"needs its {self.config_class.__name__}: load that with trust_remote_code=True; for a part of an "
+                    "EncoderDecoderModel, which replaces it, take LSGEncoderDecoderModel of lsg_converter"
+                )
         super().__setattr__(name, value)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """As in Transformers; what stock classes refuse is no choice."""
+        if self.config._attn_implementation_internal is None:  # type: ignore[attr-defined]
+            requested_attention = None
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)  # type: ignore[misc]
 
 
 class LSGWrapper(LSGPreTrained):
@@ -56,11 +66,12 @@ class LSGWrapper(LSGPreTrained):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         checkpointing = getattr(config, "gradient_checkpointing", False)
-        implementation = config._attn_implementation
-        if not stock_class(self.lsg_part_class)._supports_sdpa:  # so that the stock part can be made
+        chosen = config._attn_implementation_internal
+        if lacks_sdpa := not stock_class(self.lsg_part_class)._supports_sdpa:  # so that the stock part can be made
             config._attn_implementation = "eager"
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        config._attn_implementation = implementation
+        if lacks_sdpa:
+            config._attn_implementation = chosen
         for name, part in list(self.named_children()):  # type: ignore[attr-defined]
             if type(part) is stock_class(self.lsg_part_class) and not getattr(part, "is_decoder", False):
                 if checkpointing:  # The stock part took it out of the configuration; ours asks for it again.

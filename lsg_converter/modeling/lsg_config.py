@@ -1,6 +1,7 @@
 """The fields that LSG adds to a family's configuration, and their rules."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -18,6 +19,30 @@ MAX_GLOBAL_TOKENS = 512
 # Stands in `config.json` as the implementation of attention. A stock class has no such one, and refuses it in a message
 # that quotes it: so nobody who forgets the flag gets a stock model on these weights.
 NEEDS_ITS_CODE = "LSG: load it with trust_remote_code=True (what follows gives another, untrained model)"
+# Fields that are younger than this entry: a checkpoint that lacks one may have been written before there was one.
+LATER_FIELDS = ("full_attention_length", "position_step")
+
+
+class RefusedByPart(dict[str, str]):
+    """`NEEDS_ITS_CODE` for a model by its parts, of which "" is the model itself, as Transformers takes it too.
+
+    `EncoderDecoderConfig` and its like make stock configurations of dictionaries, and then choose an implementation of
+    their own: so a stock configuration refuses it already.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key == "":
+            raise ValueError(
+                "attn_implementation: got the fields of an LSG model for a stock one; for two checkpoints in one model "
+                "take LSGEncoderDecoderModel of lsg_converter; for a stock model put attn_implementation='sdpa' in its "
+                "place"
+            )
+        return super().get(key, default)
+
+
+def needs_its_code(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a configuration is that of an LSG model."""
+    return content.get("attn_implementation") in (NEEDS_ITS_CODE, {"": NEEDS_ITS_CODE})
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
@@ -76,20 +101,70 @@ class LSGConfig:
             strict(cls)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.get("attn_implementation") == NEEDS_ITS_CODE:
+        if needs_its_code(kwargs):
             del kwargs["attn_implementation"]
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
+    @property
+    def _attn_implementation(self) -> Any:
+        # Where none was chosen, what stock classes refuse: one may be made of this object too.
+        chosen = self._attn_implementation_internal
+        return NEEDS_ITS_CODE if chosen is None and not self._output_attentions else chosen  # type: ignore[attr-defined]
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self._attn_implementation_internal = value.get("") if isinstance(value, dict) else value
+
+    @property
+    def output_attentions(self) -> bool:
+        """As in Transformers: where no implementation was chosen, setting it chooses "eager"."""
+        return self._output_attentions  # type: ignore[attr-defined]
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        if value and self._attn_implementation_internal is None:
+            self._attn_implementation = "eager"
+        PreTrainedConfig.output_attentions.fset(self, value)  # type: ignore[attr-defined]
+
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers; with what makes stock classes refuse the checkpoint."""
-        return {**super().to_dict(), "attn_implementation": NEEDS_ITS_CODE}  # type: ignore[misc]
+        """As in Transformers; with what makes stock configurations refuse it."""
+        return {**super().to_dict(), "attn_implementation": RefusedByPart({"": NEEDS_ITS_CODE})}  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in Transformers; with what makes stock models refuse the checkpoint, while tokenizers load."""
+        return {**super().to_diff_dict(), "attn_implementation": NEEDS_ITS_CODE}  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in Transformers; the overrides in `kwargs` are validated too."""
+        """As in Transformers; the overrides in `kwargs` are validated too.
+
+        Raises:
+            ValueError: where a checkpoint's content lacks a field that every conversion writes.
+        """
+        if needs_its_code(config_dict):
+            cls.check_complete({**config_dict, **kwargs})
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
+
+    @classmethod
+    def settle(cls, config: Any) -> dict[str, Any]:
+        """What a stock configuration leaves to the number of its positions, which a conversion changes."""
+        return {}
+
+    @classmethod
+    def check_complete(cls, content: Mapping[str, Any]) -> None:
+        """Raise ValueError where the content of a checkpoint lacks a field, whose default would give another model."""
+        mixin = LSGSeq2SeqConfig if issubclass(cls, LSGSeq2SeqConfig) else LSGConfig
+        names = [item.name for item in fields(mixin)]
+        names += ["max_position_embeddings"] if cls.absolute_positions else []
+        for name in [name for name in names if name not in content]:
+            if name not in LATER_FIELDS:
+                raise ValueError(
+                    f"{name}: config.json lacks it; put back what the conversion wrote, or give {name} when you load it"
+                )
+            default = getattr(cls, name)
+            logger.warning_once(f"{name}: config.json lacks it; taken is {default!r}, as in older checkpoints")
 
     def validate_lsg(self) -> None:
         """Check what the fields must be together.
@@ -109,7 +184,8 @@ class LSGConfig:
         require("full_attention_length", full is None or full >= 0, "a number of tokens, or none for two blocks")
         require("attention_kernel", kernel in (None, *KERNELS), f"one of {', '.join(KERNELS)}, or none")
         require("position_step", self.position_step >= 1, "at least 1")
-        computed = (self.sinusoidal_positions or positions == "rotary") and self.position_step > 1
+        untabled = positions == "rotary" or not getattr(self, "position_biased_input", True)
+        computed = (self.sinusoidal_positions or untabled) and self.position_step > 1
         require("position_step", not computed, f"1: {self.model_type} computes its positions")  # type: ignore[attr-defined]
         without = not self.absolute_positions and self.position_step > 1
         require("position_step", not without, f"1: {self.model_type} has relative positions")  # type: ignore[attr-defined]
@@ -173,7 +249,7 @@ class LSGConfig:
     @property
     def kernel(self) -> str:
         """The kernel as `lsg_attention` takes it."""
-        kernel = self._attn_implementation  # type: ignore[attr-defined]
+        kernel = self._attn_implementation
         return kernel if kernel == "eager" or self.attention_kernel is None else self.attention_kernel
 
 

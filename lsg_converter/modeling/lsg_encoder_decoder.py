@@ -23,7 +23,7 @@ from transformers.configuration_utils import strict
 from transformers.masking_utils import create_masks_for_generate
 
 from .lsg_classes import stock_class
-from .lsg_config import NEEDS_ITS_CODE
+from .lsg_config import NEEDS_ITS_CODE, needs_its_code
 from .modeling_lsg_albert import LSGAlbertConfig
 from .modeling_lsg_bert import LSGBertConfig
 from .modeling_lsg_bert_generation import LSGBertGenerationConfig
@@ -72,7 +72,7 @@ def config_class_of(content: Mapping[str, Any]) -> Any:
         ValueError: where the part is an LSG checkpoint that cannot be one here.
     """
     families = {config_class.model_type: config_class for config_class in FAMILIES}
-    if content.get("attn_implementation") == NEEDS_ITS_CODE:
+    if needs_its_code(content):
         if content["model_type"] not in families:
             raise ValueError(
                 f"model_type: got an LSG checkpoint of {content['model_type']!r}; a part of an encoder-decoder must be "
@@ -94,7 +94,7 @@ def model_class_of(config: Any, part: str) -> Any:
     Raises:
         ValueError: where the family has no decoder.
     """
-    if config.to_dict().get("attn_implementation") != NEEDS_ITS_CODE:
+    if not needs_its_code(config.to_dict()):
         return AutoModel if part == "encoder" else AutoModelForCausalLM
     mapping: Any = MODEL_MAPPING if part == "encoder" else MODEL_FOR_CAUSAL_LM_MAPPING
     stock = stock_class(type(config))
@@ -129,7 +129,7 @@ class LSGEncoderDecoderConfig(EncoderDecoderConfig):
     decoder: PreTrainedConfig | dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if kwargs.get("attn_implementation") == NEEDS_ITS_CODE:
+        if needs_its_code(kwargs):
             del kwargs["attn_implementation"]
         for part in PARTS:
             given: Any = getattr(self, part)
@@ -143,11 +143,9 @@ class LSGEncoderDecoderConfig(EncoderDecoderConfig):
                 else:
                     given = config_class.from_dict(content)
                 setattr(self, part, given)
-        chosen = [getattr(self, part)._attn_implementation for part in PARTS]
+        if kwargs.get("attn_implementation") is None:  # which would be set in the parts too
+            kwargs["attn_implementation"] = {part: getattr(self, part)._attn_implementation_internal for part in PARTS}
         super(EncoderDecoderConfig, self).__post_init__(**kwargs)
-        if self._attn_implementation is None:  # It was just set in the parts too.
-            for part, implementation in zip(PARTS, chosen, strict=True):
-                getattr(self, part)._attn_implementation = implementation
 
     @classmethod
     def from_encoder_decoder_configs(cls, encoder_config: Any, decoder_config: Any, **kwargs: Any) -> Any:
@@ -173,6 +171,8 @@ class LSGEncoderDecoderConfig(EncoderDecoderConfig):
         content = self.to_dict()
         for part in (content, *(content[name] for name in PARTS)):
             part.pop("_name_or_path", None)
+            if needs_its_code(part):
+                part["attn_implementation"] = NEEDS_ITS_CODE
         return content
 
 
@@ -200,6 +200,7 @@ class LSGEncoderDecoderModel(EncoderDecoderModel):
             part_config = getattr(config, part)
             model_class = model_class_of(part_config, part)
             model = getattr(model_class, "from_config", model_class)(part_config)
+        model.is_part = True
         model_class = model_class_of(model.config, part)
         if type(model) is model_class:  # So that the part, saved alone, has its code beside it too.
             model_class.register_for_auto_class("AutoModel" if part == "encoder" else "AutoModelForCausalLM")

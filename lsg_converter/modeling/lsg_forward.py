@@ -101,6 +101,15 @@ def lsg_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
+def require_tensor(holds: torch.Tensor | bool, message: str) -> None:
+    """Raise ValueError unless it holds. A graph of `torch.compile`, which cannot depend on a tensor, checks it when
+    it runs and raises RuntimeError; Inductor takes no double quotes in the message."""
+    if isinstance(holds, torch.Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise ValueError(message)
+
+
 @lru_cache
 def warn_of_window(window: int, reach: int) -> None:
     """Say once that a sliding window stays, though LSG would see less."""

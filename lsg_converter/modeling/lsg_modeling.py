@@ -117,6 +117,7 @@ class LSGReader(LSGPreTrained):
     positions_follow_padding: ClassVar[bool] = False
     takes_cache: ClassVar[bool] = True
     replacements: ClassVar[Mapping[type, type]]
+    has_seen_a_mask: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -219,10 +220,29 @@ class LSGReader(LSGPreTrained):
         """The place of each row's first token, shape (batch,), where padding on the left does not change the token's
         position, or there are no positions: then blocks count from it. Else None: they count from place 0."""
         mask = arguments.get("attention_mask")
-        follows = self.positions_follow_padding or not self.config.absolute_positions  # type: ignore[attr-defined]
-        if mask is None or not (follows or arguments.get("position_ids") is not None):
+        if mask is None:
             return None
-        return (mask != 0).int().argmax(dim=1)
+        follows = self.positions_follow_padding or not self.config.absolute_positions  # type: ignore[attr-defined]
+        if follows or arguments.get("position_ids") is not None:
+            return (mask != 0).int().argmax(dim=1)
+        self.warn_of_left_padding(mask)
+        return None
+
+    def warn_of_left_padding(self, attention_mask: torch.Tensor) -> None:
+        """Say once where padding on the left, of a mask (batch, t), changes what a row gives. On a GPU a look at a mask
+        waits for what computes it, so that there it is the first one alone which is looked at."""
+        plain = type(attention_mask) is torch.Tensor and not attention_mask.is_meta and attention_mask.dim() == 2
+        if torch.compiler.is_compiling() or is_exporting() or not plain:
+            return
+        if self.has_seen_a_mask and attention_mask.device.type != "cpu":
+            return
+        self.has_seen_a_mask = True
+        if bool(((attention_mask[:, 0] == 0) & (attention_mask != 0).any(dim=1)).any()):
+            takes_positions = "position_ids" in signature(type(self).forward).parameters  # type: ignore[attr-defined]
+            logger.warning_once(
+                "attention_mask: got padding on the left, by which a row's positions, and here its blocks, move, so "
+                f"that it gives other states; pad on the right{', or give position_ids' if takes_positions else ''}"
+            )
 
     def find_promoted(self, global_attention_mask: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor | None:
         """The tokens of the text that see all and that all see, boolean, (batch, t); None where there are none, or full

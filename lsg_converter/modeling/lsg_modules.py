@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .lsg_attention import lsg_attention
+from .lsg_bias import Bias
 from .lsg_config import MAX_GLOBAL_TOKENS
 from .lsg_generation import Past, cached_attention, given_cache
 from .lsg_packing import Packing, Promotion
@@ -28,9 +29,10 @@ class LSGEmbeddings:
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         text = super().forward(*args, **kwargs)  # type: ignore[misc]
-        tokens, norm = global_tokens(self, text), getattr(self, "LayerNorm", None)
-        if norm is not None:
-            tokens = norm(tokens)
+        tokens = global_tokens(self, text)
+        for name in ("embed_proj", "LayerNorm"):
+            module = getattr(self, name, None)
+            tokens = tokens if module is None else module(tokens)
         return torch.cat([self.dropout(tokens), text], dim=1)
 
 
@@ -90,7 +92,7 @@ class LSGSelfAttention:
         *args: Any,
         seqlens: list[int] | None = None,
         promotion: Promotion | None = None,
-        position_bias: torch.Tensor | None = None,
+        position_bias: Bias | None = None,
         prefix_mask: torch.Tensor | None = None,
         past: Past | None = None,
         **kwargs: Any,
@@ -100,10 +102,7 @@ class LSGSelfAttention:
         `position_bias` is a bias by distance, as `lsg_bias` says.
         `prefix_mask`, boolean of shape (batch, p), says which tokens of a cache may be attended to; `past` stands in
         its place in a decoder."""
-        heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
-        query, key, value = (
-            getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections
-        )
+        query, key, value = self.project(hidden_states)
         query, key = self.place(query, key, **kwargs)
         arguments, mask = self.config.attention_arguments, attention_mask[:, 0, 0]
         if promotion is not None:
@@ -134,6 +133,11 @@ class LSGSelfAttention:
         if promotion is not None:
             output = promotion.remove(output)
         return self.finish(output.transpose(1, 2).flatten(2), hidden_states), probabilities
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values: (batch, heads, g + t, head_dim) each."""
+        heads = *hidden_states.shape[:2], self.config.num_attention_heads, -1
+        return tuple(getattr(self, name)(hidden_states).view(*heads).transpose(1, 2) for name in self.projections)
 
     def place(self, query: torch.Tensor, key: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What a family makes of queries and keys, (batch, heads, g + t, head_dim), by the places of their tokens."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .lsg_forward import lsg_forward
+from .lsg_forward import lsg_forward, require_tensor
 
 
 def lsg_attention(
@@ -23,12 +23,11 @@ def lsg_attention(
     """
     positions, keys = kwargs.get("position_ids"), key.shape[2]
     if attention_mask is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
-        last = int(positions[:, -1].max())
-        if last + 1 < keys:
-            raise ValueError(
-                f"position_ids: got {last} for the last of {keys} keys; LSG takes no texts that stand end to end, and "
-                "needs an attention_mask beside a cache with room ahead"
-            )
+        require_tensor(
+            positions[:, -1].max() >= keys - 1,
+            "position_ids: they end before the keys do; LSG takes no texts that stand end to end, and needs an "
+            "attention_mask beside a cache with room ahead",
+        )
     return lsg_forward({}, module, query, key, value, attention_mask, **kwargs)
 
 
