@@ -159,6 +159,7 @@ def plan(source: Source, config: Any) -> ConversionReport:
         positions=length,
         absolute_positions=config.absolute_positions,
         changed=[positions, f"global tokens: 512 rows {kept}, {config.num_global_tokens} used"]
+        + (["the decoder: left out"] if source.drops_decoder else [])
         + (["attention: causal (is_decoder)"] if config.causal else [])
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
@@ -195,11 +196,19 @@ def advice(source: Source, config: Any) -> list[str]:
             "pool_with_global puts the state of a global token in the place of the first token's, from which a decoder "
             "says what comes second; --model_kwargs \"{'pool_with_global': False}\" keeps the token's own"
         ]
+    g, result = config.num_global_tokens, []
+    if g > 2 and not (config.absolute_positions or source.options.random_global_init or source.options.resize_lsg):
+        result.append(
+            "without positions the global tokens behind the first start alike, and train alike; --random_global_init "
+            "tells them apart"
+        )
     trained_head = source.has_own_head and any(part in source.lsg_class.__name__ for part in TRAINED_HEADS)
     if source.options.exact or source.is_lsg or not (trained_head or sentence_class(source.folder)):
-        return []
-    g, kept = config.num_global_tokens, source.positions
-    result = [f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"]
+        return result
+    kept = source.positions
+    result.append(
+        f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"
+    )
     if g > 1:
         result.append(f"{g} global tokens that nothing has trained change much of what it gives; take 1, or none")
     return result

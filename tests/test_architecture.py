@@ -63,7 +63,7 @@ BELOW = {
     "modeling/lsg_seq2seq": {
         *("lsg_classes", "lsg_config", "lsg_generation", "lsg_modeling", "lsg_modules", "lsg_packing"),
     },
-    "modeling/lsg_t5": {"lsg_classes", "lsg_modules", "lsg_packing", "lsg_seq2seq"},
+    "modeling/lsg_t5": {"lsg_classes", "lsg_modules", "lsg_seq2seq"},
     "modeling/lsg_encoder_decoder": {
         *("lsg_classes", "lsg_config"),
         *(path.stem for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py")),
