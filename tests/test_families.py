@@ -138,7 +138,13 @@ def test_relative_positions_are_the_source_s(name, changes, kernel, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("mpnet", {}), ("deberta", {}), ("deberta_v2", {"position_biased_input": False}), *((name, {}) for name in T5)],
+    [
+        ("mpnet", {}),
+        ("t5", {}),
+        *[pytest.param(name, {}, marks=pytest.mark.full) for name in ("mt5", "umt5", "deberta")],
+        ("deberta_v2", {"position_biased_input": False}),
+    ],
+    ids=str,
 )
 def test_relative_positions_in_long_texts(name, changes, tmp_path):
     """Alike in every kernel, on the left of padding and on its right; and a head hands on what its model reads."""
