@@ -799,6 +799,7 @@ def test_a_new_model_has_finite_weights(family, golden):
 # Precision, compilation
 
 
+@pytest.mark.few_families
 @pytest.mark.made_families
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
@@ -815,7 +816,7 @@ def test_half_precision_is_finite(load, dtype, kind):
 
 
 @pytest.mark.newest
-@pytest.mark.few_families
+@pytest.mark.few_families("bert")
 def test_compiles_as_one_graph(load):
     model = load()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -825,6 +826,7 @@ def test_compiles_as_one_graph(load):
     torch._dynamo.reset()
 
 
+@pytest.mark.few_families
 @pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_autocast_is_finite(load, kind):
     model = load(sparsity_type=kind).train()
