@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from transformers import AutoConfig, AutoModel, AutoTokenizer, EncoderDecoderModel, pipeline
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertPreTrainedModel, EncoderDecoderModel, pipeline
 
 from lsg_converter import families
 from lsg_converter.modeling.lsg_classes import stock_class
@@ -124,6 +124,26 @@ def test_without_the_flag_it_is_refused(converted, golden):
     for kernel in (None, "eager"):
         model = AutoModel.from_pretrained(converted, trust_remote_code=True, attn_implementation=kernel)
         assert model.config._attn_implementation == (kernel or "sdpa")
+
+
+def test_a_class_of_ones_own_around_lsg(converted, golden):
+    """It says that it is a stock class, and what it holds is an LSG model."""
+    if golden.name != "bert":
+        pytest.skip("one family shows it")
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+
+    class Own(BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = AutoModel.from_config(config, trust_remote_code=True)
+            self.post_init()
+
+    with pytest.raises(ValueError, match=r"load it with trust_remote_code=True"):
+        Own.from_pretrained(converted, config=config)
+    own = Own.from_pretrained(converted, config=config, attn_implementation="sdpa").eval()
+    model = AutoModel.from_pretrained(converted, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(own.bert(**inputs_of(model))[0], model(**inputs_of(model))[0])
 
 
 def test_a_field_that_config_json_lacks(converted, tmp_path, caplog):
