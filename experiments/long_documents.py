@@ -10,6 +10,7 @@ Python's reference that are longer than 1,024 tokens. Each query is a paragraph 
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -38,9 +39,12 @@ def cut(ids: list[int], limit: int) -> list[int]:
 
 
 def chunks(ids: list[int]) -> list[list[int]]:
-    """The text in chunks as long as the stock model reads, each between the two special tokens."""
+    """The text in chunks that the stock model can read, each between the two special tokens; as few as can be, and of
+    one size: in a mean, a short rest would weigh as much as what it is the rest of."""
     first, *words, last = ids
-    return [[first, *words[start : start + SHORT - 2], last] for start in range(0, len(words), SHORT - 2)]
+    count = -(-len(words) // (SHORT - 2))
+    edges = [place * len(words) // count for place in range(count + 1)]
+    return [[first, *words[begin:end], last] for begin, end in pairwise(edges)]
 
 
 def main() -> int:

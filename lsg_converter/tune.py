@@ -167,8 +167,7 @@ def settings(axes: dict[str, list[Any]], cross: bool) -> Iterator[Setting]:
 
 def describe(setting: Setting, base: Setting) -> str:
     """A setting by what differs from the base."""
-    parts = [f"{name} {value}" for name, value in setting.items() if setting == base or value != base[name]]
-    return ", ".join(parts)
+    return ", ".join(f"{name} {value}" for name, value in setting.items() if value != base[name]) or "base"
 
 
 def combine(base: Setting, rows: Sequence[Row], higher: bool) -> Setting:

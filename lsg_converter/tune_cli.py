@@ -38,7 +38,9 @@ def run(options: TuneOptions, output: OutputOptions, errors: Console) -> "Tuning
 def summary(result: "Tuning") -> Iterator[RenderableType]:
     """The table, what is missing of it, and the line to convert with."""
     texts = len(result.rows[0].values)
-    yield Text(f"{result.measured}; {texts} text{'s' * (texts != 1)}\n")
+    yield Text(f"{result.measured}; {texts} text{'s' * (texts != 1)}")
+    base = next(row.setting for row in result.rows if row.setting is not None)
+    yield Text(f"base: {', '.join(f'{name} {value}' for name, value in base.items())}\n")
     yield table(result)
     yield ""
     if result.not_reached:
