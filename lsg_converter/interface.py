@@ -72,11 +72,12 @@ def text_mask(
         text so far, also where a cache holds fewer of them, or has room for more. Else (batch, 1, 1, tokens).
 
     Raises:
-        ValueError: where the model hides more than padding, what comes after, and what is far away; or computes its
-            attention itself.
+        ValueError: where the model hides more than padding, what comes after, and what is far away; computes its
+            attention itself; or is asked for its probabilities.
     """
     if not torch.compiler.is_compiling():
         refuse_other_attention(config.__class__)
+        refuse_attentions()
     device = device if attention_mask is None else attention_mask.device
     start = int(q_offset)
     causal = "allow_is_bidirectional_skip" not in kwargs  # Masks of both sides, and these alone, are made with it.
@@ -134,6 +135,19 @@ def sees_as_expected(
         seen = mask_function(row, head, place[None], key.clamp(0, stop - 1)[None])
         as_expected.append((seen == expectation) | (key < 0) | (key >= stop))
     return torch.stack([seen.all() for seen in as_expected]).all()
+
+
+def refuse_attentions() -> None:
+    """Raise where a model is asked for its probabilities. Some, such as GPT-2, do not tell their attention, and would
+    return none.
+
+    Raises:
+        ValueError: which names the argument.
+    """
+    # Private, so it may be gone; the model then returns none.
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    if collector is not None and "attentions" in (collector.get() or ()):
+        raise ValueError("output_attentions: the model is asked for it; LSG cannot: it returns no probabilities")
 
 
 @lru_cache

@@ -255,6 +255,8 @@ def test_languages_by_row_and_by_token(tmp_path):
     close(model(ids[1:], attention_mask=mask[1:]).last_hidden_state, by_row[1:])  # the default
     close(model(ids[:1, :20], languages[:1]).last_hidden_state, by_row[:1, :20])
     assert not torch.allclose(model(ids, 1 - languages, mask).last_hidden_state, by_row, atol=1e-3)
+    with pytest.raises(ValueError, match=r"^lang_ids: got shape \(2,\); it must be \(3,\) or \(3, 30\)$"):
+        model(ids, languages[:2])
     by_token = (torch.arange(8) > 3).long().expand(3, 8)
     model.config.num_global_tokens = 0
     close(*(each(ids[:, :8], by_token).last_hidden_state for each in (model, stock)))

@@ -234,6 +234,23 @@ def test_a_model_compiles_as_one_graph(name):
 
 
 @pytest.mark.newest
+@pytest.mark.parametrize("name", ["ModernBert", pytest.param("Llama", marks=pytest.mark.full)])
+def test_a_model_is_exported(name):
+    """A graph for batches of any size, and texts of three tokens or more."""
+    network = model(name, use_cache=False)
+    kept = ("input_ids", "attention_mask")
+    dummy = dict(zip(kept, batch(16), strict=True))
+    axes = dict.fromkeys(kept, dict.fromkeys((0, 1), torch.export.Dim.AUTO))
+    graph = torch.export.export(network, (), dummy, dynamic_shapes=axes).module()
+    for length in (3, 4, 5, 8, 9, 10, 17, 40, 77):
+        for rows in (1, 3):
+            ids, mask = (x[:rows] for x in batch(length))
+            mask = mask if length > 8 else torch.ones_like(mask)
+            output, expected = (x(input_ids=ids, attention_mask=mask).last_hidden_state for x in (graph, network))
+            torch.testing.assert_close(output * mask[..., None], expected * mask[..., None], rtol=0, atol=1e-10)
+
+
+@pytest.mark.newest
 @pytest.mark.parametrize("length", [20, 40])
 def test_an_encoder_decoder_keeps_its_cross_attention(length):
     """Also where both texts are of the same length. The rest is LSG, causal and not."""
@@ -269,6 +286,7 @@ REFUSED = {
     "Qwen3": (GROUPED, {"position_ids": torch.arange(12)[None] % 7, "use_cache": False}, "^attention_mask: .* to end"),
     "Llama4Text": ({**GROUPED, "attention_chunk_size": 4, "num_local_experts": 2}, {}, "^attention_mask: .* chunks"),
     "Mistral": (GROUPED, {"output_attentions": True}, "^output_attentions: .* returns no probabilities"),
+    "GPT2": (DECODERS["GPT2"], {"output_attentions": True}, "^output_attentions: .* returns no probabilities"),
 }  # fmt: skip
 
 

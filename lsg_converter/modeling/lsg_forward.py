@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .lsg_attention import sdpa_kernel
-from .lsg_layout import Window, pad_to_multiple, take_windows
+from .lsg_layout import Window, is_exporting, pad_to_multiple, take_windows
 from .lsg_step import repeat_heads
 from .lsg_text import key_mask, lsg_arguments, text_attention
 
@@ -161,15 +161,16 @@ def sliding_attention(
         return (distance < window) & (distance >= (0 if causal else 1 - window))
 
     block = -(-max(window - 1, 1) // 16) * 16  # what is farther away than a block is not seen
-    if queries < keys or keys <= 2 * block:
+    if queries < keys or (not is_exporting() and keys <= 2 * block):
         keys = min(keys, queries + window - 1) if causal else keys
         key, value, mask = key[:, :, -keys:], value[:, :, -keys:], mask[:, -keys:]
         near = band(queries, keys, keys - queries)
         return ordinary_attention(query, key, value, near & mask[:, None, None], scaling, dropout)
     # Blocks join the batch.
     seen = Window(offset=-block, size=(2 if causal else 3) * block, step=block)
-    num_blocks = -(-keys // block)
-    own = pad_to_multiple(query, block, dim=2).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+    own = pad_to_multiple(query, block, dim=2)
+    num_blocks = own.shape[2] // block
+    own = own.unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
     seen_key, seen_value, seen_mask = (
         take_windows(pad_to_multiple(x, block, dim=2), seen, num_blocks).transpose(1, 2).flatten(0, 1)
         for x in (key, value, mask[:, None])

@@ -222,7 +222,10 @@ class LSGEncoder:
     ) -> Any:
         g, length = self.config.num_global_tokens, hidden_states.shape[1]
         for name in self.token_arguments:
-            text = kwargs[name].view(len(hidden_states), -1).expand(-1, length - g)
+            rows, tokens, given = hidden_states.shape[0], length - g, kwargs[name]
+            if given.numel() not in (rows, rows * tokens):
+                raise ValueError(f"{name}: got shape {tuple(given.shape)}; it must be {(rows,)} or {(rows, tokens)}")
+            text = given.view(rows, -1).expand(-1, tokens)
             kwargs[name] = torch.cat([text[:, :1].expand(-1, g), text], dim=1)
         if attention_mask.dtype != torch.bool:  # Some stock models extend even a mask that has four dimensions.
             attention_mask = (attention_mask == 0)[:, 0, 0]

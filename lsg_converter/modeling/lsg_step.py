@@ -17,7 +17,7 @@ def repeat_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
 
 def take_tokens(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Of (batch, heads, tokens, head_dim) the tokens of each row at `index`, (batch, n)."""
-    row = torch.arange(len(index), device=index.device)[:, None]
+    row = torch.arange(index.shape[0], device=index.device)[:, None]
     return states.transpose(1, 2)[row, index].transpose(1, 2)
 
 
