@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -22,6 +23,7 @@ from transformers import (
     EsmForMaskedLM,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.deberta import modeling_deberta
 
 from lsg_converter import ConversionOptions, convert, families
 from lsg_converter.modeling.lsg_bias import distance_bias
@@ -96,6 +98,10 @@ def gradients(model, output):
     return {name: x.grad for name, x in model.named_parameters() if x.grad is not None and x.grad.abs().max() > 0}
 
 
+def normed(norm, states):
+    return torch.nn.functional.layer_norm(states, states.shape[-1:], norm.weight, norm.bias, norm.variance_epsilon)
+
+
 C2P, P2C, TABLE = {"pos_att_type": ["c2p"]}, {"pos_att_type": "P2C"}, {"position_biased_input": True}
 RELATIVE = [
     ("mpnet", {}),
@@ -115,13 +121,15 @@ RELATIVE = [
 
 @pytest.mark.parametrize("kernel", ["eager", "cpu", "portable"])
 @pytest.mark.parametrize(("name", "changes"), RELATIVE, ids=str)
-def test_relative_positions_are_the_source_s(name, changes, kernel, tmp_path):
+def test_relative_positions_are_the_source_s(name, changes, kernel, tmp_path, monkeypatch):
     """Without global tokens, up to two blocks, for padded rows; the gradients too, of the biases among them."""
     fields = {"num_global_tokens": 0, "block_size": 200, "sparse_block_size": 200, "attention_kernel": kernel}
     if kernel == "eager":
         fields |= {"attention_kernel": None, "attn_implementation": "eager"}
     model, stock = readers_of(name, tmp_path, "--no_verify", changes=changes, **fields)
     exact = name not in ("t5", "mt5", "umt5") or stock._supports_sdpa  # Older T5 computes its softmax in float32.
+    # Which the stock one computes in float32.
+    monkeypatch.setattr(modeling_deberta.DebertaLayerNorm, "forward", normed)
     ids = ids_of(2, 350)
     mask = torch.ones_like(ids)
     ids[1, 200:], mask[1, 200:] = model.config.pad_token_id, 0
@@ -159,6 +167,28 @@ def test_relative_positions_in_long_texts(name, changes, tmp_path):
             padded = torch.cat(parts, dim=1)
             states = model(input_ids=padded, attention_mask=(padded != model.config.pad_token_id).long())[0]
             close(states[:, kept], expected)
+
+
+@pytest.mark.parametrize("legacy", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["deberta", pytest.param("deberta_v2", marks=pytest.mark.full)])
+def test_both_masked_heads_of_deberta(name, legacy, tmp_path, monkeypatch):
+    """Their weights travel, and they say what the source's says."""
+    monkeypatch.setattr(modeling_deberta.DebertaLayerNorm, "forward", normed)
+    source, target = Made(name, tmp_path, legacy=legacy).source, tmp_path / "lsg"
+    assert run_command(source, target, "--max_sequence_length", "1000", "--quiet", "--exact", "--run_test") == 0
+    model, stock = (
+        AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float64).eval()
+        for path in (target, source)
+    )
+    ids = ids_of(2, 300)
+    close(model(ids).logits, stock(ids).logits)
+    assert model.config.max_relative_positions == 512 and model.config.max_position_embeddings == 1000
+
+
+def test_mixed_heads_are_refused(tmp_path, capsys):
+    source = source_of("deberta", tmp_path, talking_head=True)
+    assert run_command(source, tmp_path / "lsg", "--max_sequence_length", "1000") == 3
+    assert "talking_head: got True; allowed is False: LSG does not mix" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mpnet", "t5"])

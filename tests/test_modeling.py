@@ -348,7 +348,8 @@ def test_a_batch_takes_what_its_real_tokens_take(load, g):
                 close(whole[row, :length], one[0], atol=1e-10)
     for grad, parameter in zip(grads, model.parameters(), strict=True):
         if grad is not None:
-            close(parameter.grad, grad, atol=1e-8)
+            # DeBERTa makes some of its biases in float32, whatever it is asked for.
+            close(parameter.grad, grad, atol=1e-8 if grad.dtype == torch.float64 else 1e-6)
 
 
 def test_lsh_is_reproducible_and_leaves_the_random_state_alone(load):
@@ -517,6 +518,7 @@ def test_short_texts_without_globals_equal_the_stock_model(load, golden, family,
     stock = reader(stock_type.from_pretrained(golden.source, **options).eval())
     # Their plain attention has its softmax in float32; that of older T5 too.
     rounds = golden.name in ("layoutlm", "markuplm") and options["attn_implementation"] == "eager"
+    rounds = rounds or golden.name == "deberta"  # And so has the plain LayerNorm of this one.
     rounds = rounds or (golden.name in ("t5", "mt5", "umt5") and not stock_type._supports_sdpa)
     for tokens in (1, 5, 8):
         ids = ids_of(model, 2, tokens)

@@ -19,7 +19,7 @@ from lsg_converter.surgery import stepped_positions
 TRAINED, STEP = 512, 3
 TABLE = TRAINED * STEP
 SMALL = {"block_size": 4, "sparse_block_size": 4}
-COMPUTED = ("pegasus", "m2m_100", "marian", "esm")  # these compute their positions
+COMPUTED = ("pegasus", "m2m_100", "marian", "esm", "deberta")  # these compute their positions, or have none
 FAMILIES = [name for kind in families.model_types() if (name := kind.replace("-", "_")) not in COMPUTED]
 
 

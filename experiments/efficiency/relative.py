@@ -27,11 +27,11 @@ from lsg_converter.modeling import lsg_modules
 SHAPES: dict[str, dict[str, Any]] = {
     "mpnet": {"num_hidden_layers": "layers", "max_position_embeddings": "positions"},
     "t5": {"num_layers": "layers", "d_model": 768, "num_heads": 12, "d_kv": 64, "d_ff": 3072},
-    "deberta-v2": {  # as in DeBERTa-v3
-        **{"num_hidden_layers": "layers", "max_position_embeddings": "positions", "hidden_size": 768},
-        **{"num_attention_heads": 12, "intermediate_size": 3072, "position_biased_input": False},
-        **{"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm"},
-        **{"share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
+    "deberta-v2": {  # as DeBERTa-v3's
+        **{"num_hidden_layers": "layers", "max_position_embeddings": "positions", "type_vocab_size": 0},
+        **{"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "position_biased_input": False},
+        **{"relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+        **{"position_buckets": 256, "max_relative_positions": 512},
     },
 }
 WITH, WITHOUT, STOCK = "LSG", "LSG without", "stock"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
 from .lsg_bias import RelativeEmbeddings
@@ -145,15 +146,18 @@ def convolve(
         mask: boolean, (rows, 1, 1, tokens).
         packing: how the rows lie, where they are packed.
     """
-    g, mask = config.num_global_tokens, mask[:, 0, 0, :, None]
-    mask = mask.to(states.dtype)
+
+    def over(tokens: torch.Tensor) -> torch.Tensor:
+        return conv.conv(tokens.transpose(1, 2)).transpose(1, 2)
+
+    g, seen = config.num_global_tokens, embedded * mask[:, 0, 0, :, None]
     if packing is not None:
-        embedded, states, mask = (packing.unpack(x) for x in (embedded, states, mask))
-    text = conv(embedded[:, g:] * mask[:, g:], states[:, g:], mask[:, g:, 0].long())
-    alone = [x[:, :g].flatten(0, 1)[:, None] for x in (embedded, states)]
-    tokens = conv(*alone, alone[0].new_ones(alone[0].shape[:2]).long()) if g else states[:, :0]
-    states = torch.cat([tokens.view(states[:, :g].shape), text], dim=1)
-    return states if packing is None else packing.pack(states)
+        seen = packing.unpack(seen)
+    parts = [over(seen[:, :g].reshape(-1, 1, seen.shape[2])).view_as(seen[:, :g])] if g else []
+    added = torch.cat([*parts, over(seen[:, g:])], dim=1)
+    if packing is not None:
+        added = packing.pack(added)
+    return conv.LayerNorm(states + ACT2FN[conv.conv_act](conv.dropout(added)))
 
 
 class LSGDisentangledEncoder(LSGEncoder, DisentangledStack):
@@ -163,6 +167,21 @@ class LSGDisentangledEncoder(LSGEncoder, DisentangledStack):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, packing: Packing | None = None, **kwargs: Any
     ) -> Any:
         return super().forward(hidden_states, attention_mask, packing, rows=packing, **kwargs)
+
+
+class LSGDisentangledNorm:
+    """Mixed into the LayerNorm that the first generation has of its own, and that computes in float32 always: not so
+    where the model is in float64."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(states.dtype) + self.bias
 
 
 class LSGDisentangledModel(LSGModel):

@@ -29,6 +29,8 @@ from .modeling_lsg_bert import LSGBertConfig
 from .modeling_lsg_bert_generation import LSGBertGenerationConfig
 from .modeling_lsg_camembert import LSGCamembertConfig
 from .modeling_lsg_data2vec_text import LSGData2VecTextConfig
+from .modeling_lsg_deberta import LSGDebertaConfig
+from .modeling_lsg_deberta_v2 import LSGDebertaV2Config
 from .modeling_lsg_distilbert import LSGDistilBertConfig
 from .modeling_lsg_electra import LSGElectraConfig
 from .modeling_lsg_ernie import LSGErnieConfig
@@ -49,6 +51,8 @@ FAMILIES: tuple[Any, ...] = (
     LSGBertGenerationConfig,
     LSGCamembertConfig,
     LSGData2VecTextConfig,
+    LSGDebertaConfig,
+    LSGDebertaV2Config,
     LSGDistilBertConfig,
     LSGElectraConfig,
     LSGErnieConfig,

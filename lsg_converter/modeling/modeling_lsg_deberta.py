@@ -4,7 +4,7 @@ import torch
 from transformers.models.deberta import configuration_deberta, modeling_deberta
 
 from .lsg_classes import define_heads
-from .lsg_disentangled import LSGDisentangledAttention, LSGDisentangledConfig, LSGDisentangledModel
+from .lsg_disentangled import LSGDisentangledAttention, LSGDisentangledConfig, LSGDisentangledModel, LSGDisentangledNorm
 
 
 class LSGDebertaConfig(LSGDisentangledConfig, configuration_deberta.DebertaConfig): ...
@@ -30,7 +30,11 @@ class LSGDebertaSelfAttention(LSGDisentangledAttention, modeling_deberta.Disenta
 
 class LSGDebertaModel(LSGDisentangledModel, modeling_deberta.DebertaModel):
     config_class = LSGDebertaConfig
-    lsg_modules = {**LSGDisentangledModel.lsg_modules, "DisentangledSelfAttention": LSGDebertaSelfAttention}
+    lsg_modules = {
+        **LSGDisentangledModel.lsg_modules,
+        "DisentangledSelfAttention": LSGDebertaSelfAttention,
+        "LayerNorm": LSGDisentangledNorm,
+    }
 
 
 define_heads(LSGDebertaModel, hand_on=True)
