@@ -8,7 +8,9 @@ from pathlib import Path
 RELATIVE = ("mpnet", "deberta", "deberta_v2")
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "tune_cli"},
+    "tune_cli": {"cli", "options", "tune"},
+    "tune": {"families", "companions", "conversion", "modeling", "options", "source", "verify"},
     "cli": {"conversion", "summary", "report", "options", "version"},
     "conversion": {
         *("families", "surgery", "source", "target", "companions", "verify", "export", "report", "card", "hub"),
@@ -33,7 +35,7 @@ BELOW = {
     "__init__": {"conversion", "interface", "modeling", "report", "version", "options"},
     "modeling/lsg_layout": set(),
     "modeling/lsg_sparsity": {"lsg_layout", "lsg_triton"},
-    "modeling/lsg_cpu": {"lsg_layout"},
+    "modeling/lsg_cpu": {"lsg_bias", "lsg_layout"},
     "modeling/lsg_bias": set(),
     "modeling/lsg_triton_kernels": set(),
     "modeling/lsg_triton": {"lsg_layout", "lsg_triton_kernels"},

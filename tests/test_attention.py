@@ -142,7 +142,7 @@ def test_terms_of_distance_agree_with_the_specification(data, kind, reach, causa
     full=st.sampled_from([None, 13, 40]),
     terms=TERMS,
 )
-def test_terms_of_distance_are_alike_in_all_kernels(data, kind, reach, causal, full, terms):
+def test_terms_of_distance_are_alike_in_all_kernels(data, kernel, kind, reach, causal, full, terms):
     """Also in their gradients, and whatever stands under the mask."""
     fields, rows = data.draw(batches(kind))
     keep = pad_sequence(rows, batch_first=True)
@@ -152,7 +152,7 @@ def test_terms_of_distance_are_alike_in_all_kernels(data, kind, reach, causal, f
     (*tables, columns), _ = relative(reach, terms)
     q, k, v = random_states(*keep.shape)
     results = []
-    for name, tensors in (("eager", (q, k, v)), ("portable", (q, *cover(keep, k, v)))):
+    for name, tensors in (("eager", (q, k, v)), (kernel, (q, *cover(keep, k, v)))):
         leaves = [None if x is None else x.clone().requires_grad_() for x in (*tensors, *tables)]
         bias = RelativeEmbeddings(*leaves[3:], columns)
         output, _ = lsg_attention(*leaves[:3], keep, **options, bias=bias, kernel=name)
@@ -306,7 +306,7 @@ def test_dropout_is_drawn(kernel):
 def test_gradients_are_those_of_the_output(kind):
     """By finite differences, with dropout, whose draws the backward pass has to repeat."""
     *tensors, keep = inputs(14, dtype=torch.float64)
-    leaves = [tensor[1:, :2, :, :2].clone().requires_grad_() for tensor in tensors]
+    leaves = [tensor[1:, :1, :, :2].clone().requires_grad_() for tensor in tensors]
 
     def attend(*leaves):
         torch.manual_seed(0)

@@ -117,8 +117,6 @@ RELATIVE = [
 @pytest.mark.parametrize(("name", "changes"), RELATIVE, ids=str)
 def test_relative_positions_are_the_source_s(name, changes, kernel, tmp_path):
     """Without global tokens, up to two blocks, for padded rows; the gradients too, of the biases among them."""
-    if name.startswith("deberta") and kernel == "cpu":
-        pytest.skip("it takes no products with embeddings of distances")
     fields = {"num_global_tokens": 0, "block_size": 200, "sparse_block_size": 200, "attention_kernel": kernel}
     if kernel == "eager":
         fields |= {"attention_kernel": None, "attn_implementation": "eager"}
@@ -138,15 +136,24 @@ def test_relative_positions_are_the_source_s(name, changes, kernel, tmp_path):
         torch.testing.assert_close(actual_grads[key][: len(grad)], grad, rtol=1e-8, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["mpnet", "deberta", "deberta_v2", *T5])
-def test_relative_positions_in_long_texts(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mpnet", {}),
+        ("t5", {}),
+        *[pytest.param(name, {}, marks=pytest.mark.full) for name in ("mt5", "umt5", "deberta")],
+        ("deberta_v2", {"position_biased_input": False}),
+    ],
+    ids=str,
+)
+def test_relative_positions_in_long_texts(name, changes, tmp_path):
     """Alike in every kernel, on the left of padding and on its right; and a head hands on what its model reads."""
-    model, _ = readers_of(name, tmp_path, "--no_verify", attn_implementation="eager")
+    model, _ = readers_of(name, tmp_path, "--no_verify", changes=changes, attn_implementation="eager")
     ids = ids_of(1, 333)
     expected = model(input_ids=ids).last_hidden_state
     padding = torch.full((1, 7), model.config.pad_token_id)
     model.set_attn_implementation("sdpa")
-    for model.config.attention_kernel in ("cpu", "portable") if name == "mpnet" else ("portable",):
+    for model.config.attention_kernel in ("cpu", "portable"):
         close(model(input_ids=ids).last_hidden_state, expected)
         for parts, kept in (((padding, ids), slice(7, None)), ((ids, padding), slice(333))):
             padded = torch.cat(parts, dim=1)

@@ -290,6 +290,11 @@ def test_tokens_that_see_all_are_told_right(load):
     assert torch.equal(states(model, short, global_attention_mask=torch.ones(1, 8)), states(model, short))
 
 
+def test_a_text_without_a_batch_is_told_right(load):
+    with pytest.raises(ValueError, match=r"^input_ids: got shape \(30,\); it must be \(batch, tokens\)$"):
+        load()(torch.arange(30))
+
+
 def test_an_unknown_argument_is_said_once(load, caplog):
     model = load()
     transformers.logging.get_logger().addHandler(caplog.handler)
@@ -666,6 +671,7 @@ def test_gradient_checkpointing(converted, family):
 # Saving and loading
 
 
+@pytest.mark.few_families
 @pytest.mark.made_families
 def test_save_and_load(load, family, golden, converted, tmp_path):
     for name in heads(family)[:: 4 if golden.name in LIKE else 1]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .lsg_bias import Bias, RelativeEmbeddings, added_scores, full_scores
+from .lsg_bias import Bias, added_scores, full_scores
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
 from .lsg_sparsity import check_sparsity, sparsify
@@ -124,7 +124,6 @@ def lsg_attention(
     tokens = query, key, value, attention_mask[:, None]
     if kernel == "cpu":
         packed = sparsify_packed(tokens, seqlens or [length], layout, shorten)
-        assert not isinstance(bias, RelativeEmbeddings)
         return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout, bias), None
     sparse = shorten(*tokens)
     if kernel == "triton":
@@ -176,7 +175,7 @@ def choose_kernel(
     reason = None
     if kernel == "sdpa":
         kernel = "portable"
-        if cpu_kernel_serves(query) and not isinstance(bias, RelativeEmbeddings):
+        if cpu_kernel_serves(query):
             kernel = "cpu"
         elif bias is None and triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
@@ -184,8 +183,6 @@ def choose_kernel(
             kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
-    elif kernel == "cpu" and isinstance(bias, RelativeEmbeddings):
-        reason = "it takes no products with embeddings of distances"
     elif kernel == "triton":
         reason = triton_serves(query, layout) if bias is None else "it takes no bias"
     if reason is not None:

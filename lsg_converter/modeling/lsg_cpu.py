@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .lsg_bias import Bias, RelativeEmbeddings
 from .lsg_layout import LSGLayout, SparseKeys, Window, flat_rows, is_exporting, operator_namespace
 
 
@@ -38,7 +39,7 @@ def cpu_attention(
     seqlens: list[int] | None,
     layout: LSGLayout,
     dropout: float,
-    bias: torch.Tensor | None = None,
+    bias: Bias | None = None,
 ) -> torch.Tensor:
     """Attend, with scores scaled by `1 / sqrt(head_dim)`.
 
@@ -48,7 +49,7 @@ def cpu_attention(
         attention_mask: boolean, shape (batch, tokens).
         sparse: the sparse keys of the rows; of those that are not short, end to end, where `seqlens` is given.
         seqlens: where a batch of one holds rows end to end, the tokens of each, the globals included.
-        bias: added by distance, shape (heads, 2 * reach + 1); then `sparse` says the places of its keys.
+        bias: added by distance, as `lsg_bias` says; then `sparse` says the places of its keys.
 
     Returns:
         The shape of `query`; zero where a query has no key, and behind the last token of a row that is not masked.
@@ -64,7 +65,10 @@ def cpu_attention(
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
     place = None if bias is None or sparse.place is None else sparse.place.transpose(0, 1).flatten(1)
     masks = attention_mask, sparse.mask.transpose(0, 1).flatten(1)
-    output = attention(*states, bias, rows, *masks, place, seed, seqlens or [], [int(x) for x in layout], dropout)
+    terms = bias if isinstance(bias, RelativeEmbeddings) else (None, None, None)
+    biases = None if isinstance(bias, RelativeEmbeddings) else bias, *terms[:2]
+    others = rows, *masks, place, terms[2], seed, seqlens or [], [int(x) for x in layout], dropout
+    output = attention(*states, *biases, *others)
     return output.view(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
@@ -219,7 +223,11 @@ class TileBias:
             return 2 * self.reach
         return 0 if low >= queries.stop - 1 + self.reach else None
 
-    def add(self, tile: Tile, scores: torch.Tensor) -> None:
+    def for_grads(self) -> "TileBias":
+        """One that takes gradients."""
+        return TileBias(self.table, self.sparse_place, self.table.dtype)
+
+    def add(self, tile: Tile, scores: torch.Tensor, *states: torch.Tensor) -> None:
         """Add to scores, (heads, queries, columns)."""
         heads = len(self.table)
         for keys, queries, part in self.parts(tile, scores):
@@ -240,7 +248,7 @@ class TileBias:
                 columns = self.columns(queries, place).expand(heads, -1, -1)
                 part += self.table.gather(1, columns.flatten(1)).view(part.shape)
 
-    def add_grad(self, tile: Tile, grad_scores: torch.Tensor) -> None:
+    def add_grad(self, tile: Tile, grad_scores: torch.Tensor, *states: torch.Tensor) -> None:
         """Add to `grad` what comes of the gradients of a tile's scores."""
         for keys, queries, part in self.parts(tile, grad_scores):
             if keys.tensor == TOKENS:
@@ -268,6 +276,157 @@ class TileBias:
         self.of_tokens.clear()
         return self.grad
 
+    def finish_grads(self, grads: Sequence[torch.Tensor]) -> None:
+        """Add the gradient of the table to those of the tensors of `attention`."""
+        grads[5][:, 0] += self.finish_grad()
+
+
+class Product(NamedTuple):
+    """A product of queries or keys with embeddings of distances, in which scores find what is added to them.
+
+    Attributes:
+        columns: of the tile's keys that are multiplied; None where its queries are.
+        embeddings: shape (heads, n, head_dim).
+        grad: of these embeddings.
+        targets: columns of scores, and where the product, (heads, queries or keys, n), has what is added there: the
+            place of the first one in its first row, each row standing one place further on; or an index of all.
+    """
+
+    columns: slice | None
+    embeddings: torch.Tensor
+    grad: torch.Tensor
+    targets: list[tuple[slice, int | torch.Tensor]]
+
+
+class TileTerms:
+    """What products with embeddings of distances add to the scores of tiles, and the gradients that come of theirs.
+
+    Tokens that stand in line have distances in line: a product with the embeddings of these, in their order, holds what
+    is added to scores as it is. Of sparse keys, which stand apart, that is gathered.
+    """
+
+    def __init__(
+        self, terms: RelativeEmbeddings, sparse_place: torch.Tensor | None, attention: "TiledAttention"
+    ) -> None:
+        self.rows, self.reach, self.sparse_place, self.attention = (
+            terms.rows,
+            len(terms.rows) // 2,
+            sparse_place,
+            attention,
+        )
+        self.tables = [None if table is None else table.to(attention.dtype) for table in terms[:2]]
+        wide = torch.promote_types(attention.dtype, torch.float32)
+        self.grads = [None if table is None else torch.zeros(table.shape, dtype=wide) for table in terms[:2]]
+        # Of distances in line, by which table they are of, the first and the last: embeddings, and their gradients.
+        self.in_line: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def for_grads(self) -> "TileTerms":
+        """What takes gradients."""
+        return self
+
+    def rows_at(self, distance: torch.Tensor) -> torch.Tensor:
+        """Which embedding stands for a distance."""
+        return self.rows[distance.clamp_(-self.reach, self.reach).add_(self.reach)]
+
+    def rows_in_line(self, first: int, last: int) -> torch.Tensor:
+        """Which embeddings stand for the distances from the first to the last, whichever is larger."""
+        step = 1 if last >= first else -1
+        return self.rows_at(torch.arange(first, last + step, step))
+
+    def embeddings_in_line(self, table: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings of these distances, (heads, distances, head_dim), and their gradients."""
+        kind = table, first, last
+        if kind not in self.in_line:
+            if len(self.in_line) >= 4 * MAX_KINDS:
+                self.finish_in_line()
+            embeddings = self.tables[table].index_select(1, self.rows_in_line(first, last))  # type: ignore[union-attr]
+            self.in_line[kind] = embeddings, torch.zeros(embeddings.shape, dtype=self.grads[table].dtype)  # type: ignore[union-attr]
+        return self.in_line[kind]
+
+    def products(self, tile: Tile) -> Iterator[Product]:
+        """All products for a tile."""
+        first, last, start = max(tile.start, tile.text), tile.stop - 1, 0
+        tokens: list[tuple[int, int, slice]] = []
+        sparse: list[tuple[int, int, slice]] = []
+        for keys, size in zip(tile.key_ranges, tile.sizes, strict=True):
+            skipped = max(tile.text - keys.start, 0) if keys.tensor == TOKENS else 0  # the global tokens
+            if skipped < size and first <= last:
+                part = keys.start + skipped, keys.stop - 1, slice(start + skipped, start + size)
+                (tokens if keys.tensor == TOKENS else sparse).append(part)
+            start += size
+        if tokens and self.tables[0] is not None:
+            low, high = min(part[0] for part in tokens), max(part[1] for part in tokens)
+            targets: list[Any] = [(columns, last - first + begin - low) for begin, _, columns in tokens]
+            yield Product(None, *self.embeddings_in_line(0, last - low, first - high), targets)
+        for begin, end, columns in tokens if self.tables[1] is not None else ():
+            yield Product(columns, *self.embeddings_in_line(1, first - end, last - begin), [(columns, end - begin)])
+        for begin, end, columns in sparse:
+            place = self.sparse_place[:, begin : end + 1, None]  # type: ignore[index]
+            index = self.rows_at(torch.arange(first, last + 1) - place)
+            low, high = (int(x) for x in index.aminmax())
+            low -= low % 16  # for fewer shapes
+            used = slice(low, high + 16 - high % 16)
+            index = index.sub_(low).expand(self.attention.heads, -1, -1)
+            for table, (embeddings, grad) in enumerate(zip(self.tables, self.grads, strict=True)):
+                if embeddings is not None and grad is not None:
+                    target = columns, index if table else index.transpose(1, 2)
+                    yield Product(columns if table else None, embeddings[:, used], grad[:, used], [target])
+
+    def targets(
+        self, tile: Tile, scores: torch.Tensor, product: Product
+    ) -> Iterator[tuple[torch.Tensor, int | torch.Tensor]]:
+        """The scores, (heads, queries or keys, keys or queries), that a product adds to, and where it has that."""
+        text = scores[:, max(tile.text - tile.start, 0) :]
+        for columns, where in product.targets:
+            yield text[:, :, columns] if product.columns is None else text[:, :, columns].transpose(1, 2), where
+
+    def states(self, tile: Tile, product: Product, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The queries or keys that are multiplied; or their gradients."""
+        return query[:, max(tile.text - tile.start, 0) :] if product.columns is None else key[:, product.columns]
+
+    def add(self, tile: Tile, scores: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Add to scores, (heads, queries, columns), of queries and keys, (heads, queries or columns, head_dim)."""
+        attention = self.attention
+        for product in self.products(tile):
+            states = self.states(tile, product, query, key)
+            values = attention.matmul("terms", states, product.embeddings.transpose(1, 2), attention.scale)
+            for part, where in self.targets(tile, scores, product):
+                part += skewed(values, where, part.shape[2]) if isinstance(where, int) else values.gather(2, where)
+
+    def add_grad(self, tile: Tile, grad_scores: torch.Tensor, *states: torch.Tensor) -> None:
+        """Add what comes of the gradients of a tile's scores to our own, and to those of its queries and keys; `states`
+        are queries, keys, and the gradients of either."""
+        attention = self.attention
+        for product in self.products(tile):
+            own, grad = (self.states(tile, product, *pair) for pair in (states[:2], states[2:]))
+            values = attention.workspace("terms", *own.shape[:2], product.embeddings.shape[1]).zero_()
+            for part, where in self.targets(tile, grad_scores, product):
+                if isinstance(where, int):
+                    skewed(values, where, part.shape[2]).copy_(part)
+                else:
+                    values.scatter_add_(2, where, part)
+            grad += attention.matmul("grad_terms", values, product.embeddings, attention.scale)
+            product.grad.add_(attention.matmul("grad_terms", values.transpose(1, 2), own, attention.scale))
+
+    def finish_in_line(self) -> None:
+        for (table, first, last), (_, grad) in self.in_line.items():
+            self.grads[table].index_add_(1, self.rows_in_line(first, last), grad)  # type: ignore[union-attr]
+        self.in_line.clear()
+
+    def finish_grads(self, grads: Sequence[torch.Tensor]) -> None:
+        """Add the gradients of the tables to those of the tensors of `attention`."""
+        self.finish_in_line()
+        for total, own in zip(grads[-2:], self.grads, strict=True):
+            if own is not None:
+                total += own
+
+
+def skewed(values: torch.Tensor, start: int, width: int) -> torch.Tensor:
+    """Of a contiguous (heads, n, m): `width` of each row, from `start` on in the first, and one before that in each
+    row from the last one's."""
+    heads, rows, columns = values.shape
+    return values.as_strided((heads, rows, width), (rows * columns, columns - 1, 1), start)
+
 
 class TiledAttention:
     """Forward and backward pass over the tiles of a call, for some of its heads.
@@ -283,7 +442,7 @@ class TiledAttention:
         sparse_mask: torch.Tensor,
         tiles: Sequence[Tile],
         dropout_bits: DropoutBits | None,
-        bias: torch.Tensor | None = None,
+        bias: Bias | None = None,
         sparse_place: torch.Tensor | None = None,
     ) -> None:
         self.tensors, self.tiles, self.first_head = tensors, tiles, first_head
@@ -291,7 +450,11 @@ class TiledAttention:
         self.dtype = product_dtype(tensors[0].dtype)
         self.heads, _, self.head_dim = tensors[0].shape
         self.scale = self.head_dim**-0.5
-        self.bias = None if bias is None else TileBias(bias, sparse_place, self.dtype)
+        self.bias: TileBias | TileTerms | None = None
+        if isinstance(bias, RelativeEmbeddings):
+            self.bias = TileTerms(bias, sparse_place, self)
+        elif bias is not None:
+            self.bias = TileBias(bias, sparse_place, self.dtype)
         self.dropout_bits = dropout_bits
         self.keep_scale = 1.0 if dropout_bits is None else dropout_bits.keep_scale
         self.buffers: dict[str, torch.Tensor] = {}
@@ -351,7 +514,7 @@ class TiledAttention:
         """Before dropout: shape (heads, queries, columns)."""
         scores = self.matmul("probabilities", query, key.transpose(1, 2), self.scale)
         if self.bias is not None:
-            self.bias.add(tile, scores)
+            self.bias.add(tile, scores, query, key)
         if tile.diagonal is not None:
             size = query.shape[1]
             behind = torch.ones(size, size, dtype=torch.bool).triu(1)
@@ -391,7 +554,7 @@ class TiledAttention:
 
     def backward(self, grad_output: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:
         """Add the gradients of the tensors, and of the bias if there is one, to `grads`."""
-        grad_bias = None if self.bias is None else TileBias(self.bias.table, self.bias.sparse_place, self.dtype)
+        grad_bias = None if self.bias is None else self.bias.for_grads()
         for number, tile in enumerate(self.tiles):
             if not tile.key_ranges:
                 grads[0][:, tile.start : tile.stop] = grad_output[:, tile.start : tile.stop]
@@ -408,12 +571,14 @@ class TiledAttention:
             torch.ops.aten._softmax_backward_data.out(
                 grad_scores, probabilities, -1, self.dtype, grad_input=grad_scores
             )
+            grad_key = self.matmul("grad_keys", grad_scores.transpose(1, 2), query, self.scale)
+            grad_query = self.matmul("output", grad_scores, key, self.scale)
             if grad_bias is not None:
-                grad_bias.add_grad(tile, grad_scores)
-            self.add_grads(tile, grads, self.matmul("grad_keys", grad_scores.transpose(1, 2), query, self.scale), 0)
-            grads[0][:, tile.start : tile.stop] = self.matmul("output", grad_scores, key, self.scale)
+                grad_bias.add_grad(tile, grad_scores, query, key, grad_query, grad_key)
+            self.add_grads(tile, grads, grad_key, 0)
+            grads[0][:, tile.start : tile.stop] = grad_query
         if grad_bias is not None:
-            grads[5][:, 0] += grad_bias.finish_grad()
+            grad_bias.finish_grads(grads)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -428,8 +593,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def head_groups(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[TiledAttention, list[torch.Tensor]]]:
     """A call of `attention`, whose inputs these are, for as many heads at a time as the caches have room for; and the
     part of `others`, (tokens, heads, head_dim), that is theirs, (heads, tokens, head_dim)."""
-    query, key, value, sparse_key, sparse_value, bias, rows, mask, sparse_mask, place, seed, *numbers = inputs
-    seqlens, sizes, dropout = numbers
+    query, key, value, sparse_key, sparse_value, bias, *terms, rows, mask, sparse_mask, place = inputs[:12]
+    bias_rows, seed, seqlens, sizes, dropout = inputs[12:]
     if rows is not None:
         sparse_key, sparse_value = (x.flatten(0, 1).index_select(0, rows).view(-1, *x.shape[1:]) for x in (key, value))
     elif sparse_key is None:
@@ -446,19 +611,22 @@ def head_groups(others: Sequence[torch.Tensor], *inputs: Any) -> Iterator[tuple[
     for group in torch.arange(heads).tensor_split(groups):
         own = slice(int(group[0]), int(group[-1]) + 1)
         own_mask, own_place = (x if x is None or len(x) == 1 else x[own] for x in (sparse_mask, place))
-        own_bias = None if bias is None else bias[own]
+        own_bias: Bias | None = None if bias is None else bias[own]
+        if bias_rows is not None:
+            keys, queries = (None if x is None else x[own] for x in terms)
+            own_bias = RelativeEmbeddings(keys, queries, bias_rows)
         states, theirs = ([x[:, own].transpose(0, 1) for x in parts] for parts in (tensors, others))
         yield TiledAttention(own.start, states, mask, own_mask, tiles, dropout_bits, own_bias, own_place), theirs
 
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? bias, Tensor? rows, "
-    "Tensor attention_mask, Tensor sparse_mask, Tensor? sparse_place, Tensor seed, SymInt[] seqlens, "
-    "SymInt[] layout, float dropout"
+    "Tensor query, Tensor key, Tensor value, Tensor? sparse_key, Tensor? sparse_value, Tensor? bias, "
+    "Tensor? bias_keys, Tensor? bias_queries, Tensor? rows, Tensor attention_mask, Tensor sparse_mask, "
+    "Tensor? sparse_place, Tensor? bias_rows, Tensor seed, SymInt[] seqlens, SymInt[] layout, float dropout"
 )
 
-_NUM_TENSORS = 11  # The first six of them have gradients.
+_NUM_TENSORS, _NUM_GRADS = 14, 8  # The first ones have gradients.
 
 
 def _attention(*inputs: Any) -> torch.Tensor:
@@ -472,11 +640,14 @@ def _attention(*inputs: Any) -> torch.Tensor:
 def _attention_backward(grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
     # A key's gradient is a sum over tiles, which half precision would round each time.
     wide = torch.promote_types(grad.dtype, torch.float32)
-    *tensors, bias, rows, _, sparse_mask = inputs[:9]
-    sparse_shape = (sparse_mask.shape[1], *tensors[1].shape[1:])
-    shapes = [sparse_shape if tensor is None else tensor.shape for tensor in tensors]
-    if bias is not None:
-        tensors, shapes = [*tensors, bias], [*shapes, (1, *bias.shape)]
+    tensors, (rows, _, sparse_mask) = inputs[:_NUM_GRADS], inputs[_NUM_GRADS : _NUM_GRADS + 3]
+    *states, bias, bias_keys, bias_queries = tensors
+    sparse_shape = (sparse_mask.shape[1], *states[1].shape[1:])
+    shapes = [sparse_shape if tensor is None else tensor.shape for tensor in states]
+    # The heads stand in the second place, as those of tokens do.
+    shapes.append((1, *(bias.shape if bias is not None else (shapes[0][1], 0))))
+    for table in (bias_keys, bias_queries):
+        shapes.append((0, *shapes[0][1:]) if table is None else (table.shape[1], table.shape[0], table.shape[2]))
     grads = [grad.new_zeros(shape, dtype=wide) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
         for group, (own, *totals) in head_groups([grad, *grads], *inputs):
@@ -484,8 +655,7 @@ def _attention_backward(grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
     if rows is not None:
         for total, of_chosen in zip(grads[1:3], grads[3:5], strict=True):
             total.flatten(0, 1).index_add_(0, rows, of_chosen.flatten(0, 1))
-    if bias is not None:
-        grads[5] = grads[5][0]
+    grads[5:] = grads[5][0], *(total.transpose(0, 1).contiguous() for total in grads[6:])
     return [total.to(tensor.dtype) for total, tensor in zip(grads, tensors, strict=True) if tensor is not None]
 
 
@@ -497,8 +667,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = iter(attention_backward(grad, *tensors, *ctx.numbers))
-    others = [None] * (_NUM_TENSORS - 6 + len(ctx.numbers))
-    return *(None if tensor is None else next(grads) for tensor in tensors[:6]), *others
+    others = [None] * (_NUM_TENSORS - _NUM_GRADS + len(ctx.numbers))
+    return *(None if tensor is None else next(grads) for tensor in tensors[:_NUM_GRADS]), *others
 
 
 attention = torch.library.custom_op(
@@ -511,5 +681,7 @@ attention_backward = torch.library.custom_op(
     schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor[]",
 )
 attention.register_fake(lambda query, *_: torch.empty_like(query))
-attention_backward.register_fake(lambda grad, *inputs: [torch.empty_like(x) for x in inputs[:6] if x is not None])
+attention_backward.register_fake(
+    lambda grad, *inputs: [torch.empty_like(x) for x in inputs[:_NUM_GRADS] if x is not None]
+)
 attention.register_autograd(_backward, setup_context=_save)

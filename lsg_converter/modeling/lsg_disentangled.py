@@ -28,11 +28,6 @@ class LSGDisentangledConfig(LSGConfig):
         spans = getattr(config, "max_relative_positions", -1)
         return {"max_relative_positions": config.max_position_embeddings if spans < 1 else spans}
 
-    @property
-    def kernel(self) -> str:
-        kernel = super().kernel
-        return "portable" if kernel == "sdpa" else kernel
-
     def validate_lsg(self) -> None:
         super().validate_lsg()
         mixed = getattr(self, "talking_head", False)

@@ -18,7 +18,9 @@ class LSGDebertaSelfAttention(LSGDisentangledAttention, modeling_deberta.Disenta
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         heads = self.in_proj(hidden_states).unflatten(-1, (self.num_attention_heads, -1))
         query, key, value = heads.chunk(3, dim=-1)
-        query, value = (x + bias.view(x.shape[2:]) for x, bias in ((query, self.q_bias), (value, self.v_bias)))
+        query, value = (
+            x + bias.view(x.shape[2:]).to(x.dtype) for x, bias in ((query, self.q_bias), (value, self.v_bias))
+        )
         return tuple(x.transpose(1, 2) for x in (query, key, value))
 
     def embeddings_of(self, embeddings: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
