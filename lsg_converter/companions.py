@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 SETTINGS = "config_sentence_transformers.json"
+# The module of sentence-transformers for the encoder of a family that has a decoder too; its file is beside this one.
+ENCODER_MODULE = "lsg_sentence.LSGTransformer"
 MULTI_VECTOR = "MultiVectorEncoder"  # the class of sentence-transformers that loads a ColBERT
 # Limits of tokens, in config.json too. ColBERT's `query_length` is left: queries are padded to it.
 LIMITS = ("max_seq_length", "max_seq_len", "model_max_length", "document_length")
@@ -93,6 +95,11 @@ def write_companions(source: Source, folder: Path) -> None:
             if path.suffix in (".json", ".safetensors", ".txt") or path in pickles(path.parent):
                 copy(path, folder / name / path.name)
     copy(source.folder / "modules.json", folder / "modules.json")
+    if any(map(source.family.is_encoder, source.family.architectures.values())):
+        first, *others = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        write_json(folder / "modules.json", [{**first, "type": ENCODER_MODULE}, *others])
+        name = f"{ENCODER_MODULE.partition('.')[0]}.py"
+        copy(Path(__file__).with_name(name), folder / name)
     length = source.options.max_sequence_length
     for path in source.folder.glob("sentence_*_config.json"):
         content = {**read_json(path), "max_seq_length": length}
@@ -109,13 +116,14 @@ def travelling_modules(source: Source) -> list[tuple[str, str]]:
         return []
     modules = read_modules(source.folder)
     folders = [source.folder / name for name, _ in modules[1:]]
+    kinds = [item for item in modules if not (source.is_lsg and item == ("", ENCODER_MODULE))]
     problem = None
     if not modules:
         problem = "modules.json of the source cannot be read"
     elif (
         modules[0][0]  # the model itself lies in a folder
         or any(path.parent != source.folder or path.name == ".." for path in folders)
-        or any(not kind.startswith(("sentence_transformers.", "pylate.models.")) for _, kind in modules)
+        or any(not kind.startswith(("sentence_transformers.", "pylate.models.")) for _, kind in kinds)
     ):
         problem = "modules.json of the source names other code or places"
     elif nested := [path.name for folder in folders for path in folder.glob("*") if path.is_dir()]:

@@ -22,6 +22,7 @@ BELOW = {
     "report": {"verify", "version", "options"},
     "export": {"families", "options", "source", "verify"},
     "verify": {"source", "weights", "families", "options", "modeling"},
+    "lsg_sentence": set(),
     "companions": {"source", "weights"},
     "target": {"companions", "report", "source", "weights", "families", "options"},
     "source": {"families", "surgery", "weights", "options"},

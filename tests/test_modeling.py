@@ -158,8 +158,7 @@ def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kin
     options = {"attn_implementation": "eager"} if kernel == "eager" else {"attention_kernel": kernel}
     model = load(dtype=torch.float64, sparsity_type=kind, mask_first_token=True, **options)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    follows = model.positions_follow_padding or not model.config.absolute_positions
-    if not (follows or takes_positions):
+    if not (model.positions_follow_padding or takes_positions):
         pytest.skip("positions count from place 0")
     ids, padding = ids_of(model, 2, 30), model.config.pad_token_id
     outputs = []
@@ -168,7 +167,7 @@ def test_padding_on_the_left_changes_nothing_where_positions_follow_it(load, kin
         mask = torch.nn.functional.pad(torch.ones_like(ids), (left, 5))
         mask[1, left + 20 :] = 0
         more = {}
-        if not follows:
+        if not model.positions_follow_padding:
             more["position_ids"] = (torch.arange(left + 35) - left).clamp(min=0).expand(2, -1)
         padded[mask == 0] = padding
         output = model(

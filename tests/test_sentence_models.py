@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import GOLDEN, run_command
+import transformers
+from conftest import GOLDEN, Made, run_command
 from datasets import Dataset
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
@@ -54,6 +55,31 @@ def test_embedders(name, like, pooling, tmp_path):
     (one, other), (cut, same) = model.encode(LATE), source.encode(LATE)
     assert abs(one - other).max() > 1e-4 and (cut == same).all()
     assert abs((one**2).sum() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["t5", *[pytest.param(name, marks=pytest.mark.full) for name in ("mt5", "umt5")]])
+def test_sentence_t5(name, tmp_path):
+    """sentence-transformers would take the stock encoder. What it saves is read again, and converted again."""
+    made, source = Made(name, tmp_path / "made").source, tmp_path / "sentence-t5-base"
+    getattr(transformers, f"{name.upper()}EncoderModel").from_pretrained(made).save_pretrained(source)
+    for path in made.glob("*token*"):
+        shutil.copy(path, source)
+    add_pooling(source, "mean")
+    assert run_command(source, tmp_path / "lsg", *FLAGS) == 0
+    stock = SentenceTransformer(str(source), device="cpu")
+    model = SentenceTransformer(str(tmp_path / "lsg"), device="cpu", trust_remote_code=True)
+    assert type(model[0].auto_model).__name__ == f"LSG{name.upper()}EncoderModel" and model.max_seq_length == 1000
+    assert abs(model.encode(SHORT) - stock.encode(SHORT)).max() < 1e-4
+    one, other = model.encode(LATE)
+    assert abs(one - other).max() > 1e-4
+    model.save_pretrained(str(tmp_path / "saved"))
+    flags = ("--resize_lsg", "--max_sequence_length", "900", "--quiet")
+    assert run_command(tmp_path / "saved", tmp_path / "again", *flags) == 0
+    for folder, length in (("saved", 1000), ("again", 900)):
+        other = SentenceTransformer(str(tmp_path / folder), device="cpu", trust_remote_code=True)
+        assert other.max_seq_length == length and abs(other.encode(SHORT) - model.encode(SHORT)).max() < 1e-6
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SentenceTransformer(str(tmp_path / "lsg"), device="cpu")
 
 
 def test_splade(tmp_path):

@@ -107,7 +107,7 @@ class LSGReader(LSGPreTrained):
         position_offset: rows of a position table before that of the first token, which
             `config.max_position_embeddings` does not count.
         positions_follow_padding: whether those rows are all up to the padding id's, and only tokens that are no padding
-            have positions.
+            have positions; or there are no positions at all.
         takes_cache: whether an argument for a cache, where the stock forward has one, is for it.
         replacements: stock classes of modules, and the LSG class of each.
     """
@@ -220,12 +220,11 @@ class LSGReader(LSGPreTrained):
 
     def find_first_token(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """The place of each row's first token, shape (batch,), where padding on the left does not change the token's
-        position, or there are no positions: then blocks count from it. Else None: they count from place 0."""
+        position: then blocks count from it. Else None: they count from place 0."""
         mask = arguments.get("attention_mask")
         if mask is None:
             return None
-        follows = self.positions_follow_padding or not self.config.absolute_positions  # type: ignore[attr-defined]
-        if follows or arguments.get("position_ids") is not None:
+        if self.positions_follow_padding or arguments.get("position_ids") is not None:
             return (mask != 0).int().argmax(dim=1)
         self.warn_of_left_padding(mask)
         return None

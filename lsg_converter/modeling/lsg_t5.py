@@ -88,6 +88,11 @@ class LSGT5StyleEncoder(LSGT5StyleWeights, LSGSeq2SeqEncoder):
 
     lsg_modules = {"Attention": LSGT5StyleAttention, "Block": LSGT5StyleBlock}
     takes_cache = False
+    positions_follow_padding = True
+
+    @classmethod
+    def special_positions(cls, config: Any) -> int:
+        return 0  # of none
 
     def add_positions(self, text: torch.Tensor, ids: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
         return text
