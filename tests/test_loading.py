@@ -146,6 +146,7 @@ def test_a_class_of_ones_own_around_lsg(converted, golden):
         assert torch.equal(own.bert(**inputs_of(model))[0], model(**inputs_of(model))[0])
 
 
+@pytest.mark.few_families
 def test_a_field_that_config_json_lacks(converted, tmp_path, caplog):
     """Its default would be another model, silently."""
     folder = tmp_path / "lsg-model"
