@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib.metadata
 import json
+import logging
 import os
 import runpy
 import shutil
@@ -146,16 +147,21 @@ def test_a_class_of_ones_own_around_lsg(converted, golden):
         assert torch.equal(own.bert(**inputs_of(model))[0], model(**inputs_of(model))[0])
 
 
-def test_a_field_that_config_json_lacks(converted, tmp_path, caplog):
+@pytest.mark.few_families
+def test_a_field_that_config_json_lacks(converted, tmp_path, caplog, monkeypatch):
     """Its default would be another model, silently."""
     folder = tmp_path / "lsg-model"
     shutil.copytree(converted, folder)
     content = json.loads((folder / "config.json").read_text())
     lsg_fields = families.family(content["model_type"]).lsg_fields
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to what catches the lines
     for name in (*lsg_fields, "max_position_embeddings"):
         (folder / "config.json").write_text(json.dumps({key: x for key, x in content.items() if key != name}))
         if name in ("full_attention_length", "position_step"):
-            assert AutoConfig.from_pretrained(folder, trust_remote_code=True).to_dict()[name] == content[name]
+            with caplog.at_level("WARNING"):
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            assert getattr(config, name) == content[name]
+            assert f"{name}: config.json lacks it; taken is {content[name]!r}, as in older" in caplog.messages[-1]
             continue
         with pytest.raises(ValueError, match=rf"^{name}: config.json lacks it; .* or give {name} when you load it$"):
             AutoModel.from_pretrained(folder, trust_remote_code=True)
