@@ -29,6 +29,11 @@ from lsg_converter.options import ConversionError, OptionError, first_line, pars
 
 # What loading a model or a dataset raises for a wrong name, file or field.
 FAULTS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
+# Parts of the names of the tables that are trained alone.
+TABLES = {
+    "globals": ["global_embeddings"],
+    "positions": ["global_embeddings", "position_embeddings", "embed_positions"],
+}
 
 
 def flag(text: str, default: Any = None) -> Any:
@@ -45,8 +50,8 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "An LSG checkpoint: a folder, or a name on the Hub."})
     trust_remote_code: bool = flag("Run the LSG code that lies beside the weights.", False)
     model_kwargs: str | None = flag("LSG fields to change, as for lsg-convert: \"{'sparsity_type': 'none'}\".")
-    train: Literal["all", "globals", "lora"] = flag(
-        "Train all; the global embeddings and the head; or these and a LoRA adapter.", "all"
+    train: Literal["all", "globals", "positions", "lora"] = flag(
+        "Train all; the global embeddings and the head; these and the positions; or these and a LoRA adapter.", "all"
     )
     lora_rank: int = flag("The rank of the LoRA adapter.", 8)
     max_seq_length: int | None = flag("Tokens of a text that are read; all that the model can unless given.")
@@ -237,10 +242,11 @@ def choose_trained(
         if task_type != "FEATURE_EXTRACTION":
             return peft.get_peft_model(model, config)
         model.add_adapter(config)
-    if arguments.train == "globals":
+    if arguments.train in TABLES:
         inside = f"{model.base_model_prefix}." if model.base_model is not model else ""
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("global_embeddings" in name or name in new or not name.startswith(inside))
+            chosen = any(table in name for table in TABLES[arguments.train])
+            parameter.requires_grad_(chosen or name in new or not name.startswith(inside))
     return model
 
 

@@ -1,4 +1,4 @@
-"""The command from its first moment: until a conversion begins, an interrupt is one line and the end."""
+"""The commands from their first moment: until a conversion begins, an interrupt is one line and the end."""
 
 import os
 import signal
@@ -12,13 +12,26 @@ def leave(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    """Run the command; the exit code is that of `cli.main`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background
-            signal.signal(number, leave)
+    """Run `lsg-convert`; the exit code is that of `cli.main`."""
+    catch_interrupts()
     from . import cli
 
     return cli.main()
+
+
+def tune() -> int:
+    """Run `lsg-tune`; the exit code is as that of `cli.main`."""
+    catch_interrupts()
+    from . import tune_cli
+
+    return tune_cli.main()
+
+
+def catch_interrupts() -> None:
+    """Until the command has its own way, an interrupt ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background
+            signal.signal(number, leave)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import signal
 import sys
 import traceback
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from rich.console import Console, ConsoleDimensions, Group
+from rich.console import Console, ConsoleDimensions, Group, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -39,18 +39,23 @@ class OutputOptions:
 
 
 class Parser(ArgumentParser):
-    """The flags of `ConversionOptions`, or a JSON or YAML file with them; a wrong one raises OptionError."""
+    """The flags of dataclasses of options, or a JSON or YAML file with them; a wrong one raises OptionError."""
+
+    kinds: tuple[Any, ...] = (ConversionOptions, OutputOptions)
+    command = "lsg-convert"
+    needed = "--initial_model NAME --model_name FOLDER"
+    purpose = "Give a pretrained Transformer long inputs, with Local-Sparse-Global attention."
 
     def __init__(self) -> None:
         super().__init__(
-            prog="lsg-convert",
-            usage="lsg-convert [arguments.json] --initial_model NAME --model_name FOLDER [options]",
-            description="Give a pretrained Transformer long inputs, with Local-Sparse-Global attention. "
-            "The options may stand in a JSON or YAML file, which is named first; flags after it prevail.",
+            prog=self.command,
+            usage=f"{self.command} [arguments.json] {self.needed} [options]",
+            description=f"{self.purpose} The options may stand in a JSON or YAML file, which is named first; flags "
+            "after it prevail.",
             argument_default=SUPPRESS,
             allow_abbrev=False,
         )
-        for options in (ConversionOptions, OutputOptions):
+        for options in self.kinds:
             hints = get_type_hints(options)
             for item in fields(options):
                 self.add_option(item, hints[item.name])
@@ -72,10 +77,11 @@ class Parser(ArgumentParser):
             metavar = f"{{{','.join(values)}}}" if values else item.name.upper()
             self.add_argument(*spellings(*names), help=text, type=read_int if hint is int else str, metavar=metavar)
 
-    def options(self, arguments: Sequence[str]) -> tuple[ConversionOptions, OutputOptions]:
-        arguments = list(arguments)
+    def options(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """An instance of each of `kinds`."""
+        arguments, known = list(arguments), known_options(self.kinds)
         if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
-            arguments = [*flags_of(Path(arguments[0])), *arguments[1:]]
+            arguments = [*flags_of(Path(arguments[0]), known), *arguments[1:]]
         if "--use_auth_token" in arguments:  # once a flag without a value
             place = arguments.index("--use_auth_token") + 1
             if place == len(arguments) or arguments[place].startswith("--"):
@@ -87,15 +93,18 @@ class Parser(ArgumentParser):
                     f"{unknown[0]}: it follows no flag; put one such as --initial_model before it, and quotes around a "
                     "value with spaces"
                 )
-            raise OptionError(f"{unknown[0].split('=')[0]}: no such option; {nearest(unknown[0])}--help lists them")
+            raise OptionError(
+                f"{unknown[0].split('=')[0]}: no such option; {nearest(unknown[0], known)}--help lists them"
+            )
         given = vars(namespace)
-        output = OutputOptions(
-            **{item.name: given.pop(item.name) for item in fields(OutputOptions) if item.name in given}
-        )
-        for item in fields(ConversionOptions):
-            if item.default is MISSING and item.name not in given:
-                raise OptionError(f"--{item.name}: it is missing; {wanted(item)}; --help lists the options")
-        return ConversionOptions(**given), output
+        result: list[Any] = []
+        for options in reversed(self.kinds):
+            for item in fields(options):
+                if item.default is MISSING and item.name not in given:
+                    raise OptionError(f"--{item.name}: it is missing; {wanted(item)}; --help lists the options")
+            own = {item.name: given[item.name] for item in fields(options) if item.name in given}
+            result.insert(0, options(**own))
+        return tuple(result)
 
     def error(self, message: str) -> NoReturn:
         flag = message.removeprefix("argument ").split("/")[0]
@@ -122,17 +131,17 @@ def read_int(text: str) -> int | str:
         return text
 
 
-def known_options() -> list[str]:
-    return [item.name for item in (*fields(ConversionOptions), *fields(OutputOptions))]
+def known_options(kinds: Sequence[Any] = Parser.kinds) -> list[str]:
+    return [item.name for options in kinds for item in fields(options)]
 
 
-def nearest(option: str) -> str:
+def nearest(option: str, known: Sequence[str]) -> str:
     """A hint at the option that was meant, if one is near."""
-    close = get_close_matches(option.split("=")[0].lstrip("-").replace("-", "_"), known_options(), n=1)
+    close = get_close_matches(option.split("=")[0].lstrip("-").replace("-", "_"), known, n=1)
     return f"did you mean --{close[0]}? " if close else ""
 
 
-def flags_of(path: Path) -> list[str]:
+def flags_of(path: Path, known: Sequence[str]) -> list[str]:
     """The options in a JSON or YAML file, as flags. Raises OptionError."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))  # which reads JSON too
@@ -143,8 +152,8 @@ def flags_of(path: Path) -> list[str]:
         raise OptionError(f'{path}: it must hold options and their values, such as {{"max_sequence_length": 4096}}')
     result = []
     for name, value in content.items():
-        if name not in (*known_options(), "use_auth_token"):
-            raise OptionError(f"{path}: got an unknown option {name!r}; {nearest(str(name))}--help lists them")
+        if name not in (*known, "use_auth_token"):
+            raise OptionError(f"{path}: got an unknown option {name!r}; {nearest(str(name), known)}--help lists them")
         if value is not None:
             result.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return result
@@ -211,10 +220,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 where the verification failed; 2 for an option, 3 for the source, 4 for the target or the
         disk; 130 or 143 where it was interrupted.
     """
+    return guarded(arguments, Parser, run, show)
+
+
+def guarded(
+    arguments: Sequence[str] | None,
+    parser: type[Parser],
+    run: Callable[[Any, OutputOptions, Console], Any],
+    show: Callable[[Any], None],
+) -> int:
+    """Run a command: its flags, what it does, and what a person reads of the result; the exit code, as in `main`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True)
     try:
-        options, output = Parser().options(arguments)
+        options, output = parser().options(arguments)
         report = run(options, output, errors)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -230,11 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: ConversionOptions, output: OutputOptions, errors: Console) -> "ConversionReport":
-    """Convert, with the steps shown on `errors`, and the libraries below kept quiet."""
+    """Convert, with the steps shown on `errors`."""
+    from .conversion import convert
+
+    with shown_steps(output, errors) as announce:
+        return convert(options, announce)
+
+
+@contextmanager
+def shown_steps(output: OutputOptions, errors: Console) -> Iterator[Callable[[str], None]]:
+    """Inside, steps that are announced are shown on `errors`, and the libraries below are kept quiet."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
-
-    from .conversion import convert
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -242,17 +268,22 @@ def run(options: ConversionOptions, output: OutputOptions, errors: Console) -> "
     if output.quiet:
         disable_progress_bars()
     with raised_interrupts(), Steps(errors) as steps:
-        return convert(options, steps.announce)
+        yield steps.announce
 
 
 def show(report: "ConversionReport") -> None:
-    """Print what a person wants to know; lines are wrapped on a terminal alone, and the code nowhere."""
+    """Print what a person wants to know."""
     from .summary import summary
 
+    show_all(summary(report))
+
+
+def show_all(parts: Iterable[RenderableType]) -> None:
+    """Print them; lines are wrapped on a terminal alone, and code nowhere."""
     console = Console()
     if not (console.is_interactive and sys.stdout.isatty()):
         console.size = ConsoleDimensions(sys.maxsize, 1)
-    console.print(Group(*summary(report)), crop=False)
+    console.print(Group(*parts), crop=False)
 
 
 def explain(error: BaseException) -> tuple[int, str]:

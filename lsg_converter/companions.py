@@ -67,6 +67,16 @@ def sentence_class(folder: Path) -> str | None:
     return name if name in (MULTI_VECTOR, "CrossEncoder", "SparseEncoder") else "SentenceTransformer"
 
 
+def pools_first_token(folder: Path) -> bool:
+    """Whether what stands behind the model in `folder` reads the first token's state: not so where modules of
+    sentence-transformers read others."""
+    for name, kind in read_modules(folder):
+        if kind.endswith(".Pooling"):
+            pooling = read_json(folder / name / "config.json")
+            return bool(pooling.get("pooling_mode_cls_token")) or pooling.get("pooling_mode") == "cls"
+    return sentence_class(folder) in (None, "CrossEncoder")
+
+
 def write_companions(source: Source, folder: Path) -> None:
     """Copy the licence, pickled heads where they are allowed, and the modules of sentence-transformers."""
     for pattern in ("LICENSE*", "LICENCE*", "NOTICE*"):

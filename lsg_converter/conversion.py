@@ -1,5 +1,6 @@
 """The story of a conversion: read, build, operate, write, verify."""
 
+import math
 import tempfile
 import warnings
 from dataclasses import fields
@@ -18,6 +19,7 @@ from .companions import (
     MULTI_VECTOR,
     PROJECTION,
     left_out,
+    pools_first_token,
     sentence_class,
     with_limits,
     write_colbert,
@@ -137,6 +139,12 @@ def plan(source: Source, config: Any) -> ConversionReport:
         source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")
     if source.tokenizer is None and not options.dry_run:
         source.warnings.append("the source has no tokenizer, so none was written")
+    if reads_first_token(source) and (seen := seen_by_first_token(config)) < length:
+        source.warnings.append(
+            f"no token sees all, so the first one's state, which pooling or a head reads, does not change with what "
+            f"stands behind token {seen:,}: for longer texts load it with num_global_tokens=1, or convert with larger "
+            "blocks"
+        )
     kept = "kept" if options.resize_lsg else "rebuilt but for the first" if options.keep_first_global_token else "built"
     name = options.initial_model
     return ConversionReport(
@@ -151,12 +159,33 @@ def plan(source: Source, config: Any) -> ConversionReport:
         positions=length,
         absolute_positions=config.absolute_positions,
         changed=[positions, f"global tokens: 512 rows {kept}, {config.num_global_tokens} used"]
+        + (["the decoder: left out"] if source.drops_decoder else [])
         + (["attention: causal (is_decoder)"] if config.causal else [])
         + ([f"dtype: {options.dtype}"] if options.dtype != "auto" else []),
         has_tokenizer=source.tokenizer is not None,
         warnings=list(source.warnings),
         advice=advice(source, config),
     )
+
+
+def reads_first_token(source: Source) -> bool:
+    """Whether a text stands for the state of its first token: by pooling, a head, or for want of either."""
+    name = source.lsg_class.__name__
+    if source.is_decoder or source.config.is_encoder_decoder or "MaskedLM" in name or "TokenClassification" in name:
+        return False
+    return pools_first_token(source.folder)
+
+
+def seen_by_first_token(config: Any) -> float:
+    """On how many tokens of a long text the first one's state depends, through all layers."""
+    layout, last = config.layout, 0
+    if layout.num_global_tokens:
+        return math.inf
+    for _ in range(config.num_hidden_layers):
+        # A query sees to the end of the next block, and as far as the sparse keys behind it stand for.
+        last = (last // layout.block_size + 2) * layout.block_size - 1
+        last += layout.sparse_block_size * layout.sparsity_factor
+    return last + 1
 
 
 def advice(source: Source, config: Any) -> list[str]:
@@ -167,11 +196,19 @@ def advice(source: Source, config: Any) -> list[str]:
             "pool_with_global puts the state of a global token in the place of the first token's, from which a decoder "
             "says what comes second; --model_kwargs \"{'pool_with_global': False}\" keeps the token's own"
         ]
+    g, result = config.num_global_tokens, []
+    if g > 2 and not (config.absolute_positions or source.options.random_global_init or source.options.resize_lsg):
+        result.append(
+            "without positions the global tokens behind the first start alike, and train alike; --random_global_init "
+            "tells them apart"
+        )
     trained_head = source.has_own_head and any(part in source.lsg_class.__name__ for part in TRAINED_HEADS)
     if source.options.exact or source.is_lsg or not (trained_head or sentence_class(source.folder)):
-        return []
-    g, kept = config.num_global_tokens, source.positions
-    result = [f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"]
+        return result
+    kept = source.positions
+    result.append(
+        f"--exact gives for texts up to {kept} tokens what the source gives, if you do not train the model again"
+    )
     if g > 1:
         result.append(f"{g} global tokens that nothing has trained change much of what it gives; take 1, or none")
     return result

@@ -75,6 +75,20 @@ class Family:
             raise OptionError(f"--architecture: got {architecture!r}; the family {self.model_type!r} has {known}")
         return self.architectures[name]
 
+    def holds_model(self, lsg_class: Any) -> bool:
+        """Whether a class holds another model, of which it is the head: T5's hold an encoder and a decoder."""
+        return getattr(lsg_class, "lsg_part_class", None) in self.architectures.values()
+
+    def headless(self, lsg_class: Any) -> Any:
+        """The LSG class of a model without its head."""
+        if self.holds_model(lsg_class):
+            return lsg_class.lsg_part_class
+        return self.base_class if issubclass(lsg_class, self.base_class.__bases__[0]) else lsg_class
+
+    def is_encoder(self, lsg_class: Any) -> bool:
+        """Whether a class is the encoder alone of a family that has a decoder too."""
+        return self.headless(lsg_class) is not self.base_class
+
     def is_decoder(self, lsg_class: Any) -> bool:
         """Whether a class is a decoder alone."""
         return self.auto_map.get("AutoModelForCausalLM") == f"{self.module}.{lsg_class.__name__}"

@@ -210,6 +210,49 @@ class ConversionOptions:
         return {name: value for name, value in values.items() if value != defaults[name]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """The arguments of `lsg-tune`, which tries settings of a conversion; each is a flag.
+
+    Raises:
+        OptionError: where a value is not allowed.
+    """
+
+    initial_model: str = field(metadata=_help("The model to convert: a name on the Hugging Face Hub, or a folder."))
+    texts: str = field(
+        metadata=_help(
+            "Your texts: a folder of .txt and .md files, one such file, or a .jsonl file with a `text` in each line."
+        )
+    )
+    max_sequence_length: int = field(
+        default=4096, metadata=_help("Tokens that the converted model is to read; texts are cut there.")
+    )
+    architecture: str | None = field(
+        default=None, metadata=_help("The class to convert to, such as BertForMaskedLM; the source's own unless given.")
+    )
+    minutes: int = field(default=10, metadata=_help("No setting is begun that would not end in so many minutes."))
+    max_texts: int = field(default=50, metadata=_help("Use the first so many texts that are long enough."))
+    # The flag is read as text; the API takes a dictionary as well.
+    grid: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "The values to try, the first of each as the base, instead of those built in: "
+            "\"{'block_size': [128, 32], 'exact': [False]}\"."
+        ),
+    )
+    cross: bool = field(default=False, metadata=_help("Try all combinations, not each value alone and then the best."))
+    figure: str | None = field(default=None, metadata=_help("A .png to draw quality against cost to."))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", parse_literals(self.grid, "grid", "\"{'block_size': [128, 32]}\""))
+        check_types(self)
+        for name in ("max_sequence_length", "minutes", "max_texts"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name}: got {getattr(self, name)}; give at least 1")
+        if self.figure is not None and not self.figure.endswith(".png"):
+            raise OptionError(f"--figure: got {self.figure!r}; give a name that ends in .png")
+
+
 def wanted(item: Field[Any]) -> str:
     """What to give for an option that cannot be left out."""
     text = item.metadata["help"]
@@ -234,7 +277,9 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         raise OptionError(f"--{name}: got {shown}; give {' or '.join(_TYPE_NAMES[kind] for kind in allowed)}")
 
 
-def parse_literals(value: dict[str, Any] | str | None) -> dict[str, Any]:
+def parse_literals(
+    value: dict[str, Any] | str | None, flag: str = "model_kwargs", example: str = "\"{'block_size': 64}\""
+) -> dict[str, Any]:
     """A dictionary from JSON or Python literals, or a mixture of both; nothing is evaluated.
 
     Raises:
@@ -244,9 +289,7 @@ def parse_literals(value: dict[str, Any] | str | None) -> dict[str, Any]:
         return {}
     if isinstance(value, dict):
         return dict(value)
-    error = OptionError(
-        f"--model_kwargs: got {value!r}; give a dictionary of literals, such as \"{{'block_size': 64}}\""
-    )
+    error = OptionError(f"--{flag}: got {value!r}; give a dictionary of literals, such as {example}")
     try:
         tree = ast.parse(value.strip(), mode="eval")
         for node in ast.walk(tree):

@@ -60,6 +60,7 @@ class Source:
         is_lsg: whether it is an LSG checkpoint already.
         model_class: the class that loads its weights: LSG where it is LSG already, else stock.
         is_colbert: whether it is a ColBERT checkpoint, which has a projection beside the weights of a base model.
+        drops_decoder: whether it has a decoder, and what it becomes has none.
         has_own_head: whether `config.json` names that class, so that the files must hold the head's weights too.
         config: its configuration, of the LSG or stock class likewise.
         tokenizer: None where it has none.
@@ -106,6 +107,8 @@ class Source:
             content["is_decoder"] = True
         self.is_colbert = named == ["HF_ColBERT"]
         self.has_own_head = self.model_class.__name__ in named
+        own = next((self.family.architectures.get(item.removeprefix("LSG")) for item in named), None)
+        self.drops_decoder = self.family.is_encoder(self.lsg_class) and not (own and self.family.is_encoder(own))
         config_class = self.family.config_class if self.is_lsg else families.stock_class(self.family.config_class)
         try:
             self.config = config_class.from_dict(content)
@@ -156,20 +159,11 @@ class Source:
     @property
     def prefix(self) -> str:
         """What the names of the weights begin with that are those of the model without a head."""
-        holds = getattr(self.lsg_class, "lsg_part_class", None)
-        return f"{self.lsg_class.base_model_prefix}." if holds in self.family.architectures.values() else ""
-
-    @property
-    def headless_class(self) -> Any:
-        """The LSG class of what it becomes, without a head."""
-        holds, base_class = getattr(self.lsg_class, "lsg_part_class", None), self.family.base_class
-        if holds in self.family.architectures.values():
-            return holds
-        return base_class if issubclass(self.lsg_class, base_class.__bases__[0]) else self.lsg_class
+        return f"{self.lsg_class.base_model_prefix}." if self.family.holds_model(self.lsg_class) else ""
 
     def headless(self, model: PreTrainedModel) -> Any:
         """The loaded source without its head. T5's has no such part: then one is made of what it holds."""
-        lsg_class = self.headless_class
+        lsg_class = self.family.headless(self.lsg_class)
         if self.prefix or self.lsg_class is lsg_class:
             return model.base_model
         with torch.device("meta"):
@@ -248,6 +242,8 @@ class Source:
         if made_up:
             raise SourceError(f"--initial_model: {name!r} lacks weights: {', '.join(made_up[:3])}; restore its files")
         dropped = sorted(key for key in info["unexpected_keys"] if not key.endswith(("position_ids", "token_type_ids")))
+        if self.drops_decoder:
+            dropped = [key for key in dropped if not key.startswith("decoder.")]
         prefix = f"{model.base_model_prefix}."
         foreign = [key for key in dropped if key.removeprefix(prefix).startswith(parts) and "pooler." not in key]
         if foreign:

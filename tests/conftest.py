@@ -11,6 +11,8 @@ import atexit
 import json
 import shutil
 import signal
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 from made import LIKE, make_source
 from safetensors.torch import load_file
+from transformers import dynamic_module_utils
 
 from lsg_converter import cli, families
 
@@ -31,6 +34,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has what it runs in the background ignore SIGINT, and so would do what the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tests themselves run side by side
+
+
+def once(read: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+    """Each file read once, while it stays as it is."""
+    known: dict[tuple[str, int, int], list[str]] = {}
+
+    @wraps(read)
+    def reader(path: Path) -> list[str]:
+        state = os.stat(path)
+        key = (os.fspath(path), state.st_mtime_ns, state.st_size)
+        if key not in known:
+            known[key] = read(path)
+        return list(known[key])
+
+    return reader
+
+
+# Of each checkpoint that is loaded with its code, Transformers searches every file for imports, some twenty times.
+dynamic_module_utils.get_relative_imports = once(dynamic_module_utils.get_relative_imports)
 
 
 class Golden:
@@ -80,6 +102,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if is_hypothesis_test(getattr(item, "obj", None)):
                 item.add_marker("full")
         return
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     left_out = [item for item in items if item.get_closest_marker("full")]
     items[:] = [item for item in items if item not in left_out]
     config.stash[LEFT_OUT] = getattr(config, "workeroutput", {})["left_out"] = len(left_out)
@@ -100,7 +123,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = getattr(metafunc.module, "FAMILIES", every)
         few, made = (metafunc.definition.get_closest_marker(name) for name in ("few_families", "made_families"))
         names = [name for name in names if made or name not in LIKE]
-        left = [name not in FEW and bool(few or name in LIKE) for name in names]
+        left = [name not in ((few and few.args) or FEW) and bool(few or name in LIKE) for name in names]
         marked = [
             pytest.param(name, marks=pytest.mark.full if out else ()) for name, out in zip(names, left, strict=True)
         ]

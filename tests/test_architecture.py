@@ -8,7 +8,9 @@ from pathlib import Path
 RELATIVE = ("mpnet", "deberta", "deberta_v2")
 PACKAGE = Path(__file__).parents[1] / "lsg_converter"
 BELOW = {
-    "__main__": {"cli"},
+    "__main__": {"cli", "tune_cli"},
+    "tune_cli": {"cli", "options", "tune"},
+    "tune": {"families", "companions", "conversion", "modeling", "options", "source", "verify"},
     "cli": {"conversion", "summary", "report", "options", "version"},
     "conversion": {
         *("families", "surgery", "source", "target", "companions", "verify", "export", "report", "card", "hub"),
@@ -61,7 +63,7 @@ BELOW = {
     "modeling/lsg_seq2seq": {
         *("lsg_classes", "lsg_config", "lsg_generation", "lsg_modeling", "lsg_modules", "lsg_packing"),
     },
-    "modeling/lsg_t5": {"lsg_classes", "lsg_modules", "lsg_packing", "lsg_seq2seq"},
+    "modeling/lsg_t5": {"lsg_classes", "lsg_modules", "lsg_seq2seq"},
     "modeling/lsg_encoder_decoder": {
         *("lsg_classes", "lsg_config"),
         *(path.stem for path in (PACKAGE / "modeling").glob("modeling_lsg_*.py")),

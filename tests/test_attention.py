@@ -306,7 +306,7 @@ def test_dropout_is_drawn(kernel):
 def test_gradients_are_those_of_the_output(kind):
     """By finite differences, with dropout, whose draws the backward pass has to repeat."""
     *tensors, keep = inputs(14, dtype=torch.float64)
-    leaves = [tensor[1:, :2, :, :2].clone().requires_grad_() for tensor in tensors]
+    leaves = [tensor[1:, :1, :, :2].clone().requires_grad_() for tensor in tensors]
 
     def attend(*leaves):
         torch.manual_seed(0)

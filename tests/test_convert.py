@@ -228,6 +228,33 @@ def test_exact_is_advised_where_a_model_is_used_as_it_is(source, tmp_path):
     assert said(model_kwargs={"num_global_tokens": 16})[1].startswith("16 global tokens that nothing has trained")
 
 
+def test_how_far_the_first_token_sees_is_said(source, tmp_path):
+    """Where no token sees all: 256 tokens more than the blocks beside its own, and 384 more with each further layer."""
+
+    def said(**options):
+        report = run(source, tmp_path / "lsg", dry_run=True, **{"max_sequence_length": 1000, "exact": True, **options})
+        return [line for line in report.warnings if "no token sees all" in line]
+
+    assert said(exact=False) == [] == said(max_sequence_length=896) == said(architecture="BertForMaskedLM")
+    (line,) = said()
+    assert "behind token 896: for longer texts load it with num_global_tokens=1" in line
+    run(source, tmp_path / "long", max_sequence_length=1000, exact=True)
+    for g, expected in ((0, 896), (1, 1000)):
+        model = AutoModel.from_pretrained(
+            tmp_path / "long", trust_remote_code=True, num_global_tokens=g, sparsity_type="pooling"
+        ).eval()
+        states = torch.randn(1, 1000, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        model(inputs_embeds=states).last_hidden_state[0, 0].norm().backward()
+        assert states.grad[0].any(dim=-1).nonzero().max() + 1 == expected
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    for mode in ("cls", "mean"):
+        (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+        assert bool(said()) is (mode == "cls")
+
+
 # What is refused; test_faults.py has more.
 
 

@@ -86,7 +86,7 @@ def test_pickles_and_copies(converted):
         assert torch.equal(states(again), states(model))
 
 
-@pytest.mark.few_families
+@pytest.mark.few_families("bert")
 def test_a_pickle_is_read_by_another_process(converted, tmp_path):
     """Every class of the model stands in its module before a model was made there."""
     model = AutoModel.from_pretrained(converted, trust_remote_code=True).eval()
@@ -108,6 +108,7 @@ with torch.no_grad():
 
 
 @pytest.mark.newest
+@pytest.mark.full
 def test_worker_processes_of_sentence_transformers(lsg_bert):
     """They are spawned, and get the model as a pickle."""
     model = SentenceTransformer(str(lsg_bert), trust_remote_code=True, device="cpu")
@@ -151,6 +152,7 @@ def train_sharded(rank, folder, target):
 
 
 @pytest.mark.newest
+@pytest.mark.full
 def test_fully_sharded_training(converted, golden, tmp_path):
     """Two processes with a row each make the step that one makes with both."""
     if golden.name not in ("bert", "bart"):

@@ -212,9 +212,10 @@ def test_a_wrong_call_is_one_line(flags, capsys):
 @pytest.mark.full
 def test_the_cost_of_relative_positions(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["relative.py", "--lengths", "300", "--layers", "1", "--rounds", "1"])
-    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    narrow_t5 = {"d_model": 32, "num_heads": 2, "d_kv": 16, "d_ff": 32}
     for name, shape in relative.SHAPES.items():
-        monkeypatch.setitem(relative.SHAPES, name, shape | small)
+        monkeypatch.setitem(relative.SHAPES, name, shape | (narrow_t5 if name == "t5" else narrow))
     relative.main()
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split()[0] for row in rows] == [*relative.SHAPES]

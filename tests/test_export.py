@@ -25,6 +25,7 @@ LENGTHS = (1, 2, 8, 9, 16, 17, 24, 25, 61)  # around the edges of blocks of 8
 FAMILIES = ["bert", "roberta", "bart"]
 ONNX = pytest.param("onnx", marks=pytest.mark.full)
 EXPORTERS = ("torch.export", "torch.jit.trace", ONNX, "onnx, dynamo=False")
+FASTEST = (pytest.param("torch.export", marks=pytest.mark.full), *EXPORTERS[1:])
 
 
 class Attention(torch.nn.Module):
@@ -105,14 +106,14 @@ def test_a_dummy_of_one_token_is_right_or_refused(exporter, tmp_path):
         export("torch.export", attention, text(1), tmp_path)
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", FASTEST)
 def test_every_sparsifier_is_exported(exporter, tmp_path):
     # To ONNX these three need all that the others do.
     kinds = ["norm", "bos_pooling", "lsh"] if exporter == "onnx" else SPARSITY_TYPES
     check(exporter, Attention(calls(kinds, [1])), 16, tmp_path)
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", FASTEST)
 def test_global_tokens_and_full_attention_are_exported(exporter, tmp_path):
     check(exporter, Attention(calls(["norm"], [0, 3]) + calls(["norm"], [0, 3], full=28)), 3, tmp_path)
 
@@ -140,6 +141,7 @@ def ids(length, batch=2):
     return tokens.masked_fill(mask == 0, 1), mask  # the padding of BART and RoBERTa
 
 
+@pytest.mark.few_families
 @pytest.mark.parametrize("model", [1, pytest.param(40, marks=pytest.mark.full)], indirect=True, ids=["", "stretched"])
 @pytest.mark.parametrize("exporter", ["torch.export", "onnx, dynamo=False"])
 def test_models_are_exported(model, exporter, tmp_path):
@@ -151,6 +153,7 @@ def test_models_are_exported(model, exporter, tmp_path):
             torch.testing.assert_close(actual, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.few_families("bert")
 def test_a_length_may_have_a_name(model, golden):
     if golden.name == "bart":
         pytest.skip("its decoder has a condition on the length, as the stock one's")
@@ -164,7 +167,7 @@ def test_what_a_graph_cannot_have_is_refused(model):
         torch.jit.trace(lambda tokens, mask: model.model(tokens, mask, global_attention_mask=mask)[0], (tokens, mask))
 
 
-@pytest.mark.few_families
+@pytest.mark.few_families("bert")
 @pytest.mark.parametrize(
     ("model", "dynamic", "graphs"),
     [(1, True, 2), *(pytest.param(*case, marks=pytest.mark.full) for case in ((1, None, 3), (40, True, 2)))],

@@ -609,7 +609,14 @@ def start(source, target, *flags):
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.full),
+    ],
+)
 def test_interrupted(source, checkpoint, tmp_path, number, code):
     before = content_of(checkpoint)
     process = start(source, checkpoint, "--overwrite")
@@ -632,7 +639,10 @@ def test_interrupted(source, checkpoint, tmp_path, number, code):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which signals are caught")
 @pytest.mark.parametrize(
     ("number", "code", "program"),
-    [(signal.SIGINT, 130, [str(ROOT / "convert_checkpoint.py")]), (signal.SIGTERM, 143, ["-m", "lsg_converter"])],
+    [
+        (signal.SIGINT, 130, [str(ROOT / "convert_checkpoint.py")]),
+        pytest.param(signal.SIGTERM, 143, ["-m", "lsg_converter"], marks=pytest.mark.full),
+    ],
 )
 def test_interrupted_while_it_starts(source, tmp_path, number, code, program):
     flags = ["--initial_model", str(source), "--model_name", str(tmp_path / "lsg"), "--run_test"]
@@ -655,6 +665,7 @@ def wait_until_caught(pid, number):
         time.sleep(0.001)
 
 
+@pytest.mark.full
 def test_an_interrupt_that_is_ignored_stays_so(source, tmp_path):
     """As under nohup, or in the background of a script."""
     process = subprocess.Popen(
@@ -689,6 +700,7 @@ def test_what_a_kill_in_the_last_step_took_away_comes_back(source, checkpoint, t
 
 
 @pytest.mark.newest
+@pytest.mark.full
 def test_run_twice_at_once(source, tmp_path):
     processes = [
         subprocess.Popen(command(source, tmp_path / "lsg"), stderr=subprocess.PIPE, text=True) for _ in range(2)

@@ -464,6 +464,7 @@ def test_the_command_pushes_what_it_wrote(hub, tmp_path):
     assert not any(TOKEN.encode() in content for content in files.values())
 
 
+@pytest.mark.full
 def test_the_command_keeps_the_checkpoint_when_the_push_fails(hub, tmp_path):
     hub.broken = {"commit": 403}
     result = run_command(hub, tmp_path, "--quiet", "--hub_model_id", "lab/it", "--use_auth_token", TOKEN)
@@ -474,6 +475,7 @@ def test_the_command_keeps_the_checkpoint_when_the_push_fails(hub, tmp_path):
     assert TOKEN not in result.stdout + result.stderr
 
 
+@pytest.mark.full
 def test_without_a_token_the_command_does_not_begin(hub, tmp_path):
     result = run_command(hub, tmp_path)
     assert result.returncode == 4 and "has no owner" in result.stderr and result.stderr.count("\n") == 1

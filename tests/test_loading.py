@@ -58,7 +58,7 @@ def hub_cache(checkpoint: Path, home: Path, repository: str) -> None:
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
 
 
-@pytest.mark.few_families
+@pytest.mark.few_families("bert")
 def test_fresh_process(converted, tmp_path):
     names = [str(converted), "somebody/lsg-model-v1.5"]
     hub_cache(converted, tmp_path / "home", names[1])

@@ -207,7 +207,8 @@ def test_padding_on_the_left_is_said_once_where_it_changes_what_a_row_gives(load
         if takes_positions:
             assert not said(left, position_ids=positions)
         first, again = said(left), said(left)
-        assert len(first) == (not model.positions_follow_padding) and not again
+        moves = model.find_first_token({"attention_mask": left}) is None
+        assert len(first) == moves and not again
         assert all(("give position_ids" in line) is takes_positions for line in first)
     finally:
         transformers.logging.get_logger().removeHandler(caplog.handler)
@@ -289,6 +290,11 @@ def test_tokens_that_see_all_are_told_right(load):
     )
     short = ids_of(model, 1, 8)  # full attention anyway
     assert torch.equal(states(model, short, global_attention_mask=torch.ones(1, 8)), states(model, short))
+
+
+def test_a_text_without_a_batch_is_told_right(load):
+    with pytest.raises(ValueError, match=r"^input_ids: got shape \(30,\); it must be \(batch, tokens\)$"):
+        load()(torch.arange(30))
 
 
 def test_an_unknown_argument_is_said_once(load, caplog):
@@ -669,6 +675,7 @@ def test_gradient_checkpointing(converted, family):
 # Saving and loading
 
 
+@pytest.mark.few_families
 @pytest.mark.made_families
 def test_save_and_load(load, family, golden, converted, tmp_path):
     for name in heads(family)[:: 4 if golden.name in LIKE else 1]:

@@ -241,6 +241,42 @@ def test_adaptation_learns_to_find_a_document_by_its_passages(sentence, texts, t
     assert again.max_seq_length == LENGTH
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--objective", "mean"], marks=pytest.mark.full),
+        ["--objective", "best"],
+        pytest.param(["--train", "lora", "--lora_rank", "2"], marks=pytest.mark.full),
+        ["--adapt", "source"],
+    ],
+)
+def test_other_ways_to_adapt(more, sentence, texts, tmp_path):
+    """Each learns, and is measured: the long model with one vector, the source in chunks."""
+    steps = ["--max_steps", "8", "--learning_rate", "0.01", "--do_predict", "--study", str(tmp_path / "study")]
+    losses = adapted(sentence, texts, tmp_path / "out", *steps, *more)
+    assert sum(losses[-2:]) < sum(losses[:2]), losses
+    text = (tmp_path / "out" / "results.md").read_text()
+    rows = ["source, mean of chunks of 512", "source, best chunk of 128"] if "source" in more else ["LSG, one vector"]
+    assert all(text.count(f"| adapted {name} |") == 2 for name in rows)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() is ("lora" in more)
+    assert (tmp_path / "study" / "700").is_dir()
+
+
+def test_the_best_chunk_is_what_scores_are_learned_from():
+    """Where the model gives the source's own shares, nothing is left to learn."""
+    vectors = torch.eye(3)
+    model = iter([{"sentence_embedding": vectors}, {"sentence_embedding": vectors}] * 2).__next__
+    same, other = adapt.BestChunk(lambda part: model(), vectors), adapt.BestChunk(lambda part: model(), 1 - vectors)
+    assert same([{}, {}], torch.arange(3)) == pytest.approx(0, abs=1e-6)
+    assert other([{}, {}], torch.arange(3)) > 1
+
+
+def test_the_source_cannot_learn_from_itself(sentence, texts, tmp_path, capsys):
+    flags = ["--model", sentence, "--corpus", texts, "--output_dir", tmp_path, "--adapt", "source", "--do_train"]
+    assert adapt.main([*map(str, flags), "--use_cpu", "--objective", "mean"]) == 2
+    assert capsys.readouterr().err.startswith("error: --objective: got 'mean', for which the source is the model to")
+
+
 def test_positions_are_adapted_alone_and_measured_on_other_documents(sentence, texts, tmp_path):
     more = ["--train", "positions", "--max_steps", "1", "--learning_rate", "0.01", "--do_predict"]
     adapted(sentence, texts, tmp_path, *more)

@@ -73,12 +73,19 @@ if INTERPRETED:
 
         setattr(interpreter.InterpreterBuilder, name, checked)
 
+    def patch_once(function, original=interpreter._patch_lang):
+        """Each call of a function within a kernel would patch the language anew, which takes a third of the time."""
+        languages = [x for x in map(function.__globals__.get, ("tl", "core")) if x in (tl, tl.core)]
+        patched = languages and not any(tl.core.is_builtin(language.load) for language in languages)
+        return interpreter._LangPatchScope() if patched else original(function)
+
     memory = []
     interpreter.GridExecutor._init_args_hst = take_arguments
     within("create_masked_load", lambda ptr, mask, *_: (ptr, mask, ptr.get_element_ty().primitive_bitwidth // 8))
     within("create_masked_store", lambda ptr, value, mask, *_: (ptr, mask, value.data.itemsize))
     within("create_atomic_rmw", lambda _, ptr, value, mask, *__: (ptr, mask, value.data.itemsize))
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = patch_once
     interpreter.InterpreterBuilder.create_dot = dot
 
 runs = pytest.mark.skipif(not (NATIVE or INTERPRETED), reason="runs in a process of its own, interpreted")
@@ -87,6 +94,9 @@ tiles = pytest.mark.parametrize(
     [pytest.param((), id="large tiles"), pytest.param((torch.float32,), id="small tiles", marks=pytest.mark.full)],
 )
 forms = pytest.mark.parametrize("causal", [False, True], ids=["both sides", "causal"])
+forms_in_full = pytest.mark.parametrize(
+    "causal", [pytest.param(False, id="both sides"), pytest.param(True, id="causal", marks=pytest.mark.full)]
+)
 HEADS = 2
 
 
@@ -97,11 +107,14 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.newest
+@pytest.mark.first
 @pytest.mark.skipif(NATIVE or INTERPRETED, reason="the tests run in this process")
-@pytest.mark.parametrize("flags", [[], pytest.param(["--full", "-m", "full"], marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize(
+    "flags", [["-n", "0"], pytest.param(["-n", "2", "--full", "-m", "full"], marks=pytest.mark.full)], ids=str
+)
 def test_in_the_interpreter(flags):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "--tb=short", *flags, __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *flags, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
@@ -270,11 +283,11 @@ def test_causal_agrees_about_the_edges_of_blocks(t, g, wide, monkeypatch):
 @runs
 @forms
 def test_agrees_without_a_mask(causal):
-    against_dense(131, 32, 32, 2, 1, 16, masked=False, causal=causal)
+    against_dense(97, 32, 32, 2, 1, 16, batch=1, masked=False, causal=causal)
 
 
 @runs
-@pytest.mark.parametrize(("factor", "causal"), [(2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(("factor", "causal"), [(2, False), pytest.param(4, False, marks=FULL), (2, True)])
 def test_agrees_at_the_default_sizes(factor, causal, monkeypatch):
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", ())
     against_dense(290, 128, 128, factor, 1, 16, batch=1, dropout=0.1, causal=causal)
@@ -282,7 +295,7 @@ def test_agrees_at_the_default_sizes(factor, causal, monkeypatch):
 
 @runs
 @forms
-@settings(max_examples=settings().max_examples // 10)
+@settings(max_examples=20 if settings().max_examples > 50 else 3)
 @given(
     data=st.data(),
     shape=st.sampled_from([(2, 32, 32, 2), (0, 64, 32, 4), (5, 32, 48, 1)]),
@@ -308,11 +321,11 @@ def test_agrees_with_eager(data, causal, shape, wide):
 @pytest.mark.parametrize("kind", ["stride", "pooling"])
 def test_rows_of_both_kinds_agree_with_eager(kind):
     """One of at most `full_attention_length` tokens, one longer."""
-    t, g = 161, 2
+    t, g = 97, 2
     arguments = {"block_size": 32, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
-    arguments["full_attention_length"] = 128
+    arguments["full_attention_length"] = 80
     states, keep = inputs(t, g, 16)
-    assert keep[0, g:].sum() < 128 < t
+    assert 64 < keep[0, g:].sum() < 80 < t
     wide = [x.detach().double().requires_grad_() for x in states]
     output, _ = lsg_attention(*(x.transpose(1, 2) for x in states), keep, **arguments, kernel="triton")
     expected, _ = lsg_attention(*(x.transpose(1, 2) for x in wide), keep, **arguments, kernel="eager")
@@ -342,8 +355,16 @@ def test_half_precision_is_near(dtype):
 
 @runs
 @tiles
-@forms
-@pytest.mark.parametrize("shape", [(101, 32, 32, 2, 1, 16), (130, 32, 0, 2, 20, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [
+        ((101, 32, 32, 2, 1, 16), False),
+        ((130, 32, 0, 2, 20, 16), True),
+        pytest.param((130, 32, 0, 2, 20, 16), False, marks=FULL),
+        pytest.param((101, 32, 32, 2, 1, 16), True, marks=FULL),
+    ],
+    ids=str,
+)
 def test_dropout_agrees_with_its_mask(shape, causal, wide, monkeypatch):
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
     against_dense(*shape, dropout=0.3, causal=causal)
@@ -351,7 +372,7 @@ def test_dropout_agrees_with_its_mask(shape, causal, wide, monkeypatch):
 
 @runs
 def test_dropout_follows_from_the_seed():
-    states, _ = inputs(70, 1, 16, batch=1)
+    states, _ = inputs(40, 1, 16, batch=1)
     tokens = [x.transpose(1, 2) for x in states]
 
     def run(seed=None):
@@ -481,6 +502,7 @@ def test_compiles_into_one_graph():
 
 
 @runs
+@FULL
 def test_copies_of_the_file_live_side_by_side():
     """As when several checkpoints are loaded, or one of them twice."""
     states, keep = inputs(30, 1, 16, batch=1)
@@ -514,7 +536,7 @@ def test_largest_norms(shape):
 
 
 @runs
-@forms
+@forms_in_full
 def test_it_is_the_choice_where_a_trial_agrees(causal, monkeypatch):
     monkeypatch.setattr(attention, "cpu_kernel_serves", lambda query: False)
     query = torch.zeros(1, 2, 100, 16, device=DEVICE, requires_grad=True)

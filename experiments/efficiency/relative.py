@@ -26,27 +26,30 @@ from lsg_converter.modeling import lsg_modules
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mpnet": {"num_hidden_layers": "layers", "max_position_embeddings": "positions"},
-    "deberta-v2": {  # as DeBERTa-v3's
-        **{"num_hidden_layers": "layers", "max_position_embeddings": "positions", "type_vocab_size": 0},
-        **{"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "position_biased_input": False},
-        **{"relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True, "norm_rel_ebd": "layer_norm"},
-        **{"position_buckets": 256, "max_relative_positions": 512},
+    "t5": {"num_layers": "layers", "d_model": 768, "num_heads": 12, "d_kv": 64, "d_ff": 3072},
+    "deberta-v2": {  # as in DeBERTa-v3
+        **{"num_hidden_layers": "layers", "max_position_embeddings": "positions", "hidden_size": 768},
+        **{"num_attention_heads": 12, "intermediate_size": 3072, "position_biased_input": False},
+        **{"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm"},
+        **{"share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
     },
 }
 WITH, WITHOUT, STOCK = "LSG", "LSG without", "stock"
 
 
 def build(name: str, length: int, layers: int, stock: bool) -> PreTrainedModel:
-    """A base model with random weights, for texts of `length` tokens."""
-    family, values = families.family(name), {"layers": layers, "positions": length + 2}
+    """A base model, or its encoder, with random weights, for texts of `length` tokens."""
+    family, sizes = families.family(name), {"layers": layers, "positions": length + 2}
+    fields = {
+        field: sizes[value] if isinstance(value, str) and value in sizes else value
+        for field, value in SHAPES[name].items()
+    }
     config_class, model_class = family.config_class, family.base_class
     if stock:
         config_class, model_class = families.stock_class(config_class), families.stock_class(model_class)
     torch.manual_seed(0)
-    model: PreTrainedModel = model_class(config_class(vocab_size=1000, **{
-        field: values.get(value, value) for field, value in SHAPES[name].items()
-    }))  # fmt: skip
-    return model
+    model: Any = model_class(config_class(vocab_size=1000, **fields))
+    return model.get_encoder() if model.config.is_encoder_decoder else model
 
 
 @contextmanager

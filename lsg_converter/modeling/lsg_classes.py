@@ -151,18 +151,18 @@ def define_modules(reader: Any) -> dict[type, type]:
 
 
 class _HandingOn:
-    """A model with a head as its stock forward sees it, whose base model gets some arguments more."""
+    """A model with a head as its stock forward sees it, whose part that has LSG gets some arguments more."""
 
     def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
         self._model, self._arguments = model, arguments
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model, name)
-        return partial(value, **self._arguments) if name == self._model.base_model_prefix else value
+        return partial(value, **self._arguments) if isinstance(value, self._model.lsg_part_class) else value
 
 
 def handing_on(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the forward of a model with a head hand its base model the arguments that it does not name, as most do."""
+    """Make the forward of a model hand its part that has LSG the arguments that it does not name, as most do."""
     names = {*signature(stock_forward).parameters, "return_dict"} - {"kwargs"}
 
     @wraps(stock_forward)

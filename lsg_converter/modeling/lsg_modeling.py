@@ -174,6 +174,8 @@ class LSGReader(LSGPreTrained):
 
     def check_input(self, tokens: torch.Tensor, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError where the model cannot read a text; warn where the kernel cannot give what is asked for."""
+        if tokens.dim() < 2:
+            raise ValueError(f"input_ids: got shape {tuple(tokens.shape)}; it must be (batch, tokens)")
         config, (rows, length) = self.config, tokens.shape[:2]  # type: ignore[attr-defined]
         if not torch.compiler.is_compiling():
             config.validate_lsg()  # A field may have been set since the last text.

@@ -5,7 +5,7 @@ the decoder, of which the encoder has LSG. Stock layers of older Transformers ha
 so that those of the encoder are written here.
 """
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from torch import nn
 from transformers import initialization
 from transformers.modeling_outputs import BaseModelOutput
 
-from .lsg_classes import LSGWrapper, stock_class
+from .lsg_classes import LSGWrapper
 from .lsg_modules import LSGSelfAttention
-from .lsg_packing import Promotion
 from .lsg_seq2seq import LSGSeq2SeqEncoder, LSGSeq2SeqModel
 
 
@@ -67,30 +66,6 @@ class LSGT5StyleBlock:
         return bounded(self.layer[1](hidden_states)), bias, probabilities
 
 
-def read_layers(
-    self: Any,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
-    seqlens: list[int] | None = None,
-    promotion: Promotion | None = None,
-    **kwargs: Any,
-) -> BaseModelOutput:
-    """The forward of the encoder, behind the embeddings. Shapes as in `LSGSelfAttention`."""
-    config = self.config
-    keeps_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-    keeps_probabilities = config.output_attentions if output_attentions is None else output_attentions
-    states, bias = self.dropout(inputs_embeds), None
-    every_state, every_probability = [], []
-    for block in self.block:
-        every_state += [states] if keeps_states else []
-        states, bias, probabilities = block(states, attention_mask, bias, seqlens=seqlens, promotion=promotion)
-        every_probability += [probabilities] if keeps_probabilities and probabilities is not None else []
-    states = self.dropout(self.final_layer_norm(states))
-    return BaseModelOutput(states, (*every_state, states) if keeps_states else None, tuple(every_probability) or None)
-
-
 class LSGT5StyleWeights:
     """Mixed into all models: how weights are drawn that a checkpoint lacks. The stock model draws those of a head where
     it meets the module that holds them, of which Transformers does not ask in code that comes with a checkpoint."""
@@ -114,12 +89,25 @@ class LSGT5StyleEncoder(LSGT5StyleWeights, LSGSeq2SeqEncoder):
     lsg_modules = {"Attention": LSGT5StyleAttention, "Block": LSGT5StyleBlock}
     takes_cache = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        cls.forward = wraps(stock_class(cls).forward)(read_layers)  # type: ignore[attr-defined]
-        super().__init_subclass__(**kwargs)
-
     def add_positions(self, text: torch.Tensor, ids: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor:
         return text
+
+    def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        if arguments.get("input_ids") is not None or arguments.get("inputs_embeds") is None:
+            return super().read(stock_forward, arguments)  # which raises
+        wanted = {name: arguments.get(name) for name in ("output_attentions", "output_hidden_states")}
+        wanted = {name: getattr(self.config, name) if flag is None else flag for name, flag in wanted.items()}
+        others = {name: arguments.get(name) for name in ("seqlens", "promotion")}
+        states, bias = self.dropout(arguments["inputs_embeds"]), None  # type: ignore[attr-defined]
+        every_state: list[Any] = []
+        every_probability: list[Any] = []
+        for block in self.block:  # type: ignore[attr-defined]
+            every_state.append(states if wanted["output_hidden_states"] else None)
+            states, bias, probabilities = block(states, arguments["attention_mask"], bias, **others)
+            every_probability.append(probabilities if wanted["output_attentions"] else None)
+        states = self.dropout(self.final_layer_norm(states))  # type: ignore[attr-defined]
+        captured = (*every_state, states) if wanted["output_hidden_states"] else None
+        return BaseModelOutput(states, captured, tuple(every_probability) if every_probability[0] is not None else None)
 
 
 class LSGT5StyleModel(LSGT5StyleWeights, LSGSeq2SeqModel):
