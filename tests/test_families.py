@@ -169,7 +169,8 @@ def test_relative_positions_in_long_texts(name, changes, tmp_path):
             close(states[:, kept], expected)
 
 
-@pytest.mark.parametrize("legacy", [True, pytest.param(False, marks=pytest.mark.full)])
+# In Transformers 5.10 the stock class cannot load the other head.
+@pytest.mark.parametrize("legacy", [True, pytest.param(False, marks=[pytest.mark.full, pytest.mark.newest])])
 @pytest.mark.parametrize("name", ["deberta", pytest.param("deberta_v2", marks=pytest.mark.full)])
 def test_both_masked_heads_of_deberta(name, legacy, tmp_path, monkeypatch):
     """Their weights travel, and they say what the source's says."""

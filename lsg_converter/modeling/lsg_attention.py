@@ -290,9 +290,11 @@ def blockwise_attention(
         for window in sequence.windows
     ]
     # Blocks join the heads, so that one call of four dimensions serves all of them.
-    seen_key, seen_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
+    keys, values = (torch.cat(parts, dim=3) for parts in list(zip(*seen, strict=True))[:2])
+    seen_key, seen_value = keys.flatten(1, 2), values.flatten(1, 2)
     seen_mask = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
-    blocks = text_query.unflatten(2, (num_blocks, layout.block_size)).flatten(1, 2)
+    queries = text_query.unflatten(2, (num_blocks, layout.block_size))
+    blocks = queries.flatten(1, 2)
     block_mask = seen_mask[:, :, None]
     if layout.causal:
         column, row = (torch.arange(size, device=query.device) for size in (seen_mask.shape[2], layout.block_size))
@@ -301,8 +303,7 @@ def blockwise_attention(
     added = None
     if bias is not None:
         place = None if sparse is None else sparse.place
-        by_block, by_keys = (x.unflatten(1, (heads, num_blocks)) for x in (blocks, seen_key))
-        added = blockwise_bias(bias, by_block, by_keys, place, layout, length)
+        added = blockwise_bias(bias, queries, keys, place, layout, length)
         added = added.expand(len(query), -1, -1, -1, -1).flatten(1, 2)
     text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout, added)
     text_output = take_first(text_output.view(text_query.shape), length - g)

@@ -50,14 +50,15 @@ def added_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, distance: t
     row = bias.rows[distance.clamp(-reach, reach) + reach].expand(shape)
     terms = []
     if bias.keys is not None:
-        terms.append((query @ _for_blocks(bias.keys)).gather(-1, row))
+        terms.append(_products(query, bias.keys).gather(-1, row))
     if bias.queries is not None:
-        terms.append((key @ _for_blocks(bias.queries)).gather(-1, row.transpose(-1, -2)).transpose(-1, -2))
+        terms.append(_products(key, bias.queries).gather(-1, row.transpose(-1, -2)).transpose(-1, -2))
     return sum(terms, query.new_zeros(())) * query.shape[-1] ** -0.5
 
 
-def _for_blocks(embeddings: torch.Tensor) -> torch.Tensor:
-    return embeddings.transpose(-1, -2)[:, None]
+def _products(states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """Of (batch, heads, blocks, states, head_dim) with (heads, embeddings, head_dim)."""
+    return states @ embeddings.transpose(1, 2)[:, None]
 
 
 def distance_bias(bias: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
