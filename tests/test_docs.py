@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lsg_converter import ConversionError, cli, families
+from lsg_converter import ConversionError, cli, families, tune_cli
 from lsg_converter.modeling.lsg_attention import KERNELS
 from lsg_converter.modeling.lsg_config import LSGSeq2SeqConfig
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
@@ -143,6 +143,9 @@ def shell(command: list[str], runs: bool, fails: bool) -> bool:
         else:
             cli.Parser().options(arguments)
         return runs
+    if program == "lsg-tune":
+        tune_cli.TuneParser().options(arguments)
+        return False
     if program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert {name for word in arguments for name in re.findall(r"^\.\[(.*)\]$", word)} <= extras.keys()
@@ -215,6 +218,11 @@ def rows(page: str, first: str) -> list[list[str]]:
 def test_every_flag_is_there():
     flags = {flag for cells in rows("converting.md", "`--") for flag in re.findall(r"--(\w+)", cells[0])}
     assert flags == {*cli.known_options(), "no_use_token_ids"} - {"use_token_ids"}
+
+
+def test_every_flag_of_tuning_is_there():
+    flags = {flag for cells in rows("tuning.md", "`--") for flag in re.findall(r"--(\w+)", cells[0])}
+    assert flags == {*cli.known_options(tune_cli.TuneParser.kinds)}
 
 
 def test_every_field_is_there_with_its_default():

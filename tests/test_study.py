@@ -26,6 +26,8 @@ import study
 import systems
 import tables
 
+from lsg_converter import families
+
 
 pytestmark = pytest.mark.newest
 LENGTH = 700
@@ -239,6 +241,17 @@ def test_adaptation_learns_to_find_a_document_by_its_passages(sentence, texts, t
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
     again = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
     assert again.max_seq_length == LENGTH
+
+
+def test_the_tables_that_train_alone():
+    """Of a model with a head, positions and global tokens learn with it; all else stays."""
+    config = families.family("bert").config_class(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = families.family("bert").lsg_class("BertForMaskedLM")(config)
+    common.choose_trained(model, SimpleNamespace(train="positions"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inside = {name for name in trained if name.startswith("bert.")}
+    assert inside == {f"bert.embeddings.{name}.weight" for name in ("position_embeddings", "global_embeddings")}
+    assert any(name.startswith("cls.") for name in trained)
 
 
 @pytest.mark.parametrize(
