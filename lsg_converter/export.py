@@ -98,6 +98,7 @@ def export_onnx(source: Source, folder: Path, announce: Announce) -> Check:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is missing, it says
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of log(0), for a bucket of T5's that is not taken
         torch.onnx.export(
             named,
             tuple(tensors.values()),

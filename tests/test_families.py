@@ -445,7 +445,7 @@ def test_t5_has_no_end_and_no_positions(tmp_path, capsys):
         assert line in shown, line
     assert "warning" not in shown
     assert run_command(source, target, "--max_sequence_length", "300", "--quiet") == 0
-    assert "has relative positions" in (target / "README.md").read_text()
+    assert "its positions\nare relative, and as they were" in (target / "README.md").read_text()
     assert json.loads((target / "config.json").read_text())["n_positions"] == 300
     assert AutoTokenizer.from_pretrained(target).model_max_length == 300
     model = AutoModel.from_pretrained(target, trust_remote_code=True).eval()
