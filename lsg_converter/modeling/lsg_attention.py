@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .lsg_bias import Bias, added_scores, full_scores
+from .lsg_bias import Bias, added_scores, full_scores, products
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
 from .lsg_sparsity import check_sparsity, sparsify
@@ -290,11 +290,9 @@ def blockwise_attention(
         for window in sequence.windows
     ]
     # Blocks join the heads, so that one call of four dimensions serves all of them.
-    keys, values = (torch.cat(parts, dim=3) for parts in list(zip(*seen, strict=True))[:2])
-    seen_key, seen_value = keys.flatten(1, 2), values.flatten(1, 2)
+    seen_key, seen_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
     seen_mask = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
-    queries = text_query.unflatten(2, (num_blocks, layout.block_size))
-    blocks = queries.flatten(1, 2)
+    blocks = text_query.unflatten(2, (num_blocks, layout.block_size)).flatten(1, 2)
     block_mask = seen_mask[:, :, None]
     if layout.causal:
         column, row = (torch.arange(size, device=query.device) for size in (seen_mask.shape[2], layout.block_size))
@@ -302,9 +300,7 @@ def blockwise_attention(
         block_mask = block_mask & ((own <= row[:, None]) | (own >= layout.block_size))
     added = None
     if bias is not None:
-        place = None if sparse is None else sparse.place
-        added = blockwise_bias(bias, queries, keys, place, layout, length)
-        added = added.expand(len(query), -1, -1, -1, -1).flatten(1, 2)
+        added = blockwise_bias(bias, text_query, sequences[1].key, sparse, layout, length)
     text_output, text_probabilities = attend(blocks, seen_key, seen_value, block_mask, dropout, added)
     text_output = take_first(text_output.view(text_query.shape), length - g)
 
@@ -346,35 +342,45 @@ def blockwise_bias(
     bias: Bias,
     query: torch.Tensor,
     key: torch.Tensor,
-    sparse_place: torch.Tensor | None,
+    sparse: SparseKeys | None,
     layout: LSGLayout,
     length: int,
 ) -> torch.Tensor:
     """What is added to the scores of each block of queries with the keys that it sees.
 
     Args:
-        query, key: of the blocks, (batch, heads, blocks, block_size or keys, head_dim); the first keys are the globals.
-        sparse_place: of the sparse keys, as `SparseKeys` has it.
+        query, key: of the text in whole blocks, (batch, heads, tokens, head_dim).
+        sparse: the sparse keys, with their places.
         length: the tokens of a row, the globals included.
 
     Returns:
-        Shape (batch or 1, heads, blocks, block_size, keys).
+        Shape (batch, heads * blocks, block_size, keys).
     """
-    g, block, num_blocks = layout.num_global_tokens, layout.block_size, query.shape[2]
+    g, block, (batch, heads) = layout.num_global_tokens, layout.block_size, query.shape[:2]
+    num_blocks = query.shape[2] // block
+    of_query, of_key = products(bias, query, key)
+    of_blocks = None if of_query is None else of_query.unflatten(2, (num_blocks, block))
     window, place = layout.local_window, torch.arange(block, device=query.device)
     key_place = window.offset + torch.arange(window.size, device=query.device)
     distance = (place[:, None] - key_place)[None, None, None]
-    local = F.pad(added_scores(bias, query, key[:, :, :, g : g + window.size], distance), (g, 0))
-    local = local.expand(-1, -1, num_blocks, -1, -1)
-    if sparse_place is None:
+    seen = None if of_key is None else take_windows(of_key, window, num_blocks)
+
+    def joined(scores: torch.Tensor) -> torch.Tensor:
+        return scores.expand(batch, heads, num_blocks, -1, -1).flatten(1, 2)
+
+    # Parts are joined last: of the order in memory that they then have an exported graph would make a condition.
+    local = F.pad(joined(added_scores(bias, of_blocks, seen, distance)), (g, 0))
+    if sparse is None or sparse.place is None or sparse.key is None:
         return local
-    batch = sparse_place.shape[0]
     first = length * torch.arange(batch, device=query.device)[:, None, None] + g
-    seen = [take_windows(sparse_place - first, window, num_blocks) for window in layout.sparse_windows]
     start = block * torch.arange(num_blocks, device=query.device)[:, None, None]
-    distance = start + place[:, None] - torch.cat(seen, dim=3)[:, :, :, None]
-    sparse = added_scores(bias, query, key[:, :, :, g + window.size :], distance)
-    return torch.cat([local.expand(batch, -1, -1, -1, -1), sparse], dim=-1)
+    _, of_key = products(bias, query[:, :, :0], sparse.key)
+    parts = [local]
+    for window in layout.sparse_windows:
+        key_place = take_windows(sparse.place - first, window, num_blocks)[:, :, :, None]
+        seen = None if of_key is None else take_windows(of_key, window, num_blocks)
+        parts.append(joined(added_scores(bias, of_blocks, seen, start + place[:, None] - key_place)))
+    return torch.cat(parts, dim=-1)
 
 
 def eager_kernel(

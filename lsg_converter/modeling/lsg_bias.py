@@ -34,11 +34,27 @@ class RelativeEmbeddings(NamedTuple):
 Bias = torch.Tensor | RelativeEmbeddings
 
 
-def added_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+Products = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def products(bias: Bias, query: torch.Tensor, key: torch.Tensor) -> Products:
+    """Of queries and of keys, (batch, heads, tokens, head_dim), with the embeddings that they are multiplied with:
+    (batch, heads, tokens, embeddings) each; None where there are none."""
+    tables: Products = (bias.keys, bias.queries) if isinstance(bias, RelativeEmbeddings) else (None, None)
+    of_query, of_key = (
+        None if table is None else states @ table.transpose(1, 2) * states.shape[-1] ** -0.5
+        for states, table in zip((query, key), tables, strict=True)
+    )
+    return of_query, of_key
+
+
+def added_scores(
+    bias: Bias, of_query: torch.Tensor | None, of_key: torch.Tensor | None, distance: torch.Tensor
+) -> torch.Tensor:
     """What is added to the scores of blocks of queries with the keys that each sees.
 
     Args:
-        query, key: shape (batch, heads, blocks, queries or keys, head_dim).
+        of_query, of_key: what `products` gives for them, (batch, heads, blocks, queries or keys, embeddings).
         distance: of a key from a query, int64, (batch or 1, heads or 1, blocks or 1, queries, keys).
 
     Returns:
@@ -46,19 +62,15 @@ def added_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, distance: t
     """
     if not isinstance(bias, RelativeEmbeddings):
         return distance_bias(bias, distance)
-    reach, shape = len(bias.rows) // 2, (*query.shape[:-1], key.shape[-2])
-    row = bias.rows[distance.clamp(-reach, reach) + reach].expand(shape)
+    reach = len(bias.rows) // 2
+    row = bias.rows[distance.clamp(-reach, reach) + reach]
     terms = []
-    if bias.keys is not None:
-        terms.append(_products(query, bias.keys).gather(-1, row))
-    if bias.queries is not None:
-        terms.append(_products(key, bias.queries).gather(-1, row.transpose(-1, -2)).transpose(-1, -2))
-    return sum(terms, query.new_zeros(())) * query.shape[-1] ** -0.5
-
-
-def _products(states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """Of (batch, heads, blocks, states, head_dim) with (heads, embeddings, head_dim)."""
-    return states @ embeddings.transpose(1, 2)[:, None]
+    if of_query is not None:
+        terms.append(of_query.gather(-1, row.expand(*of_query.shape[:4], -1)))
+    if of_key is not None:
+        row = row.transpose(-1, -2)
+        terms.append(of_key.gather(-1, row.expand(*of_key.shape[:4], -1)).transpose(-1, -2))
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def distance_bias(bias: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
@@ -73,7 +85,8 @@ def full_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, num_global_t
     g + t, g + t)."""
     g, place = num_global_tokens, torch.arange(query.shape[2] - num_global_tokens, device=query.device)
     distance = (place[:, None] - place)[None, None, None]
-    text = added_scores(bias, query[:, :, None, g:], key[:, :, None, g:], distance)[:, :, 0]
+    of_query, of_key = (None if x is None else x[:, :, None] for x in products(bias, query[:, :, g:], key[:, :, g:]))
+    text = added_scores(bias, of_query, of_key, distance)[:, :, 0]
     return F.pad(text, (g, 0, g, 0))
 
 
