@@ -5,6 +5,7 @@ of its own; and what the compiler makes of the kernels for sm_90 is looked at in
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from strategies import KINDS, lengths, masks
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
 from lsg_converter.modeling.lsg_layout import LSGLayout, SparseKeys, flat_rows, pad_to_multiple, take_rows
-from lsg_converter.modeling.lsg_sparsity import largest_norm
+from lsg_converter.modeling.lsg_sparsity import largest_norm, sparsify
 from lsg_converter.modeling.lsg_triton import (
     choose_largest_norm,
     dropout_keep_mask,
@@ -454,6 +455,117 @@ def test_packed_rows_agree_with_rows(causal, wide, monkeypatch):
     close(grads, gradients(whole, wide))
 
 
+def bias_against_eager(t, g, block, kind, reach, *, causal=False, full=None, dtype=torch.float32, tolerance=1e-5):
+    options = {"block_size": block, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
+    options |= {"causal": causal, "full_attention_length": full}
+    states, keep = inputs(t, g, 16, dtype)
+    table = torch.randn(HEADS, 2 * reach + 1, generator=torch.Generator().manual_seed(reach))
+    leaves = [*states, table.to(DEVICE).requires_grad_()]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    output, expected = (
+        lsg_attention(*(x.transpose(1, 2) for x in x[:3]), keep, **options, kernel=kernel, bias=x[3])[0]
+        for x, kernel in ((leaves, "triton"), (wide, "eager"))
+    )
+    output, expected = output * counts(keep, g), expected * counts(keep, g)
+    close([output], [expected], tolerance)
+    grads, exact = gradients(output, leaves), gradients(expected, wide)
+    close(grads[:3], exact[:3], tolerance)
+    close(grads[3:], exact[3:], 10 * tolerance)  # a sum over all texts
+
+
+# The reach is below the block, or far beyond, where sparse keys are at many distances.
+@runs
+@tiles
+@pytest.mark.parametrize(
+    "case",
+    [
+        (129, 2, 32, "stride", 20),
+        (161, 1, 32, "norm", 70),
+        *[
+            pytest.param(x, marks=FULL)
+            for x in [
+                (97, 0, 32, "pooling", 60),
+                (128, 3, 32, "bos_pooling", 33),
+                (127, 1, 32, "block_stride", 100),
+                (161, 2, 32, "lsh", 90),
+                (193, 1, 64, "stride", 100),
+                (65, 1, 32, "none", 1),
+                (97, 1, 32, "norm", 0),
+            ]
+        ],
+    ],
+    ids=str,
+)
+def test_a_bias_by_distance_agrees_with_eager(case, wide, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
+    bias_against_eager(*case)
+
+
+@runs
+@FULL
+@tiles
+@pytest.mark.parametrize("case", [(129, 2, 32, "stride", 20), (161, 1, 32, "pooling", 70)], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True}, {"full": 128}], ids=str)
+def test_a_bias_by_distance_in_other_forms(case, options, wide, monkeypatch):
+    monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
+    bias_against_eager(*case, **options)
+
+
+@runs
+@FULL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_by_distance_in_half_precision(dtype):
+    bias_against_eager(97, 1, 32, "stride", 40, dtype=dtype, tolerance=32 * torch.finfo(dtype).eps)
+
+
+@runs
+@FULL
+def test_a_bias_by_distance_of_packed_rows():
+    """As of rows: what follows from dropout too, where there is one row."""
+    g, block, reach, lengths = 2, 32, 50, (101, 40)
+    numbers = layout(block, 32, 2, g)
+    states = torch.randn(3, 1, HEADS, sum(lengths) + 2 * g, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    table = torch.randn(HEADS, 2 * reach + 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    leaves = [*states.unbind(), table]
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    keep = torch.ones(1, states.shape[3], dtype=torch.bool, device=DEVICE)
+    starts, parts, expected = [0, lengths[0] + g, states.shape[3]], [], []
+    for start, stop in itertools.pairwise(starts):
+        row = [x[:, :, start:stop] for x in leaves[:3]]
+        sparse = sparsify(*row, keep[:, None, start:stop], numbers, sparsity_type="stride", with_place=True)
+        expected.append(fused_attention(*row, None, sparse, numbers, bias=leaves[3]))
+        parts.append(sparse._replace(place=sparse.place + start))
+    joined = [torch.cat(x, dim=2) if x[0] is not None else None for x in zip(*parts, strict=True)]
+    ends = torch.tensor(starts, device=DEVICE, dtype=torch.int32)
+    options = {"cu_seqlens": ends, "max_seqlen": 110, "bias": leaves[3]}
+    output, whole = fused_attention(*leaves[:3], keep, SparseKeys(*joined), numbers, **options), torch.cat(expected, 2)
+    close([output], [whole], 1e-6)
+    close(gradients(output, leaves), gradients(whole, leaves))
+
+
+@runs
+@FULL
+def test_a_bias_by_distance_with_dropout_follows_from_differences():
+    """The gradient of the table is the slope of the loss, under one seed."""
+    states, keep = inputs(100, 1, 16, batch=1)
+    tokens = [x.detach().transpose(1, 2) for x in states]
+    numbers, seed = layout(32, 32, 2, 1), torch.tensor([3], device=DEVICE)
+    sparse = sparsify(*tokens, keep[:, None], numbers, sparsity_type="stride", with_place=True)
+    table, step = torch.randn(2, HEADS, 81, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def loss(table):
+        output = fused_attention(*tokens, keep, sparse, numbers, 0.3, table, seed=seed)
+        return (output * counts(keep, 1)).square().sum(dtype=torch.float64)
+
+    table.requires_grad_()
+    grad, again = (torch.autograd.grad(loss(table), table)[0] for _ in range(2))
+    assert torch.equal(grad, again)
+    slope = (grad * step).sum()
+    with torch.no_grad():
+        difference = (loss(table + 0.01 * step) - loss(table - 0.01 * step)) / 0.02
+    torch.testing.assert_close(slope.double(), difference, rtol=1e-2, atol=1e-3)
+
+
 @runs
 @pytest.mark.full
 @pytest.mark.parametrize("packed", [False, True])
@@ -488,13 +600,16 @@ def test_compiles_into_one_graph():
     states, keep = inputs(70, 1, 16, batch=1)
     sparse, sparse_keep = sparse_inputs(70, 32, 2, 16, batch=1)
 
-    def attend(query, key, value, sparse_key, sparse_value, dropout):
+    place = torch.arange(len(sparse_keep[0, 0]), device=DEVICE).expand(1, 1, -1) * 2 + 1
+    table = torch.randn(HEADS, 41, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+
+    def attend(query, key, value, sparse_key, sparse_value, bias, dropout):
         tokens = (x.transpose(1, 2) for x in (query, key, value))
-        sparse = SparseKeys(sparse_keep, sparse_key, sparse_value)
-        return fused_attention(*tokens, keep, sparse, layout(32, 32, 2, 1), dropout=dropout)
+        sparse = SparseKeys(sparse_keep, sparse_key, sparse_value, place=place)
+        return fused_attention(*tokens, keep, sparse, layout(32, 32, 2, 1), dropout, bias)
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    leaves = [*states, *sparse]
+    leaves = [*states, *sparse, table]
     expected, actual = (call(*leaves, 0.0) for call in (attend, compiled))
     assert torch.equal(actual, expected) and actual.stride() == expected.stride()
     assert all(torch.equal(*pair) for pair in zip(*(gradients(x, leaves) for x in (actual, expected)), strict=True))
@@ -541,9 +656,9 @@ def test_it_is_the_choice_where_a_trial_agrees(causal, monkeypatch):
     monkeypatch.setattr(attention, "cpu_kernel_serves", lambda query: False)
     query = torch.zeros(1, 2, 100, 16, device=DEVICE, requires_grad=True)
 
-    def choose(dropout=0.0):
+    def choose(dropout=0.0, bias=None):
         attention.try_triton.cache_clear()
-        return attention.choose_kernel(query, "sdpa", layout(32, 32, 2, 1, causal), dropout)
+        return attention.choose_kernel(query, "sdpa", layout(32, 32, 2, 1, causal), dropout, bias)
 
     state = (torch.cuda if NATIVE else torch).get_rng_state()
     with torch.inference_mode():
@@ -551,7 +666,7 @@ def test_it_is_the_choice_where_a_trial_agrees(causal, monkeypatch):
     assert torch.equal((torch.cuda if NATIVE else torch).get_rng_state(), state)
     with mock.patch.object(attention, "fused_attention", side_effect=RuntimeError("out of room")):
         assert choose() == "portable"
-    assert choose() == "triton"
+    assert choose(bias=torch.zeros(2, 41, device=DEVICE)) == "triton"
     with mock.patch.object(attention, "fused_attention", lambda query, *others: query):
         assert choose() == "portable"
 
@@ -592,7 +707,7 @@ class Target:
         return True
 
 
-def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False):
+def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False, reach=None):
     """All kernels, compiled for sm_90 by the calls that would launch them."""
     from triton.runtime.jit import JITFunction
 
@@ -609,7 +724,9 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False)
     index = torch.zeros(1, 512, 12, dtype=torch.int64).transpose(1, 2)
     parts, index = ((None, None), index) if chosen else ([x[:, :, :512] for x in tokens[:2]], None)
     arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, index)
-    arguments = (*arguments, [1025, 1, block, block, 2, 0, causal], dropout)
+    bias = None if reach is None else torch.zeros(12, 2 * reach + 1)
+    place = None if bias is None else torch.zeros(1, 12 if chosen else 1, 512, dtype=torch.int64)
+    arguments = (*arguments, bias, place, [1025, 1, block, block, 2, 0, causal], dropout)
     target = mock.patch.object(triton.runtime.driver, "_active", Target())
     with target, mock.patch.object(JITFunction, "run", compile_only):
         outputs = lsg_triton._attention(*arguments)
@@ -629,12 +746,14 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False)
         (torch.float16, 128),
         (torch.bfloat16, 64, 0.1, 32),
         (torch.bfloat16, 64, 0.1, 128, False),
+        (torch.bfloat16, 64, 0.1, 128, True, 128),
     ],
     ids=str,
 )
 def test_compiled_for_sm_90_without_spills(case, causal, tmp_path):
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    kernels = compile_all(*case, causal=causal)
+    *case, reach = case if len(case) == 6 else (*case, None)
+    kernels = compile_all(*case, causal=causal, reach=reach)
     assert len({name for name, _ in kernels}) == (8 if causal else 10)
     for number, (name, compiled) in enumerate(kernels):
         code = compiled.asm["ptx"]

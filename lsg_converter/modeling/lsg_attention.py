@@ -127,7 +127,7 @@ def lsg_attention(
         return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout, bias), None
     sparse = shorten(*tokens)
     if kernel == "triton":
-        return fused_attention(query, key, value, attention_mask, sparse, layout, dropout), None
+        return fused_attention(query, key, value, attention_mask, sparse, layout, dropout, bias), None
     return blockwise_attention(query, key, value, attention_mask, sparse, layout, dropout, attend, bias)
 
 
@@ -177,14 +177,15 @@ def choose_kernel(
         kernel = "portable"
         if cpu_kernel_serves(query):
             kernel = "cpu"
-        elif bias is None and triton_serves(query, layout) is None and not is_exporting():
+        elif triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
-            fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0)
+            reach = None if bias is None else bias.shape[1] // 2
+            fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0, reach)
             kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
     elif kernel == "triton":
-        reason = triton_serves(query, layout) if bias is None else "it takes no bias"
+        reason = triton_serves(query, layout)
     if reason is not None:
         raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open (attention_kernel=None)")
     if not torch.compiler.is_compiling():
@@ -206,9 +207,11 @@ def try_triton(
     layout: LSGLayout,
     training: bool,
     dropping: bool,
+    reach: int | None = None,
 ) -> str | None:
     """Try the kernel "triton" on a short text, against "portable": what is wrong with it here, or None. Triton needs a
-    compiler and a driver that suit it, and a GPU with room for its tiles."""
+    compiler and a driver that suit it, and a GPU with room for its tiles. `reach` is that of the bias, if there is one.
+    """
     g, block, chunk = layout.num_global_tokens, layout.block_size, layout.chunk_size
     even = chunk and chunk % layout.sparsity_factor == 0 and block % chunk == 0
     options: dict[str, Any] = layout._asdict() | {"sparsity_type": "norm" if even else "stride"}
@@ -228,10 +231,15 @@ def try_triton(
             seqused = torch.tensor([[shape[3] - block // 2], [g + full]], device=device)
             mask = torch.arange(shape[3], device=device) < seqused
 
+            tables = []
+            if reach is not None:
+                tables = [torch.randn((2, 2 * reach + 1), generator=generator, device=device)]
+
             def run(kernel: str, dropout: float = 0.0) -> list[torch.Tensor]:
-                leaves = [x.clone().requires_grad_(training) for x in tokens]
+                leaves = [x.clone().requires_grad_(training) for x in (*tokens, *tables)]
+                states, bias = leaves[:3], leaves[3] if tables else None
                 output, _ = lsg_attention(
-                    leaves[0], leaves[1], leaves[2], mask, **options, dropout=dropout, kernel=kernel
+                    states[0], states[1], states[2], mask, **options, dropout=dropout, kernel=kernel, bias=bias
                 )
                 output = output * mask[:, None, :, None]
                 return [output, *(torch.autograd.grad(output.float().square().sum(), leaves) if training else ())]

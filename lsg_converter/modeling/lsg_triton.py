@@ -99,13 +99,14 @@ def fused_attention(
     sparse: SparseKeys | None,
     layout: LSGLayout,
     dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
     *,
     seed: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     cu_sparse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LSG attention, scores scaled by `1 / sqrt(head_dim)`; differentiable in queries, keys, values and sparse ones.
+    """LSG attention, scores scaled by `1 / sqrt(head_dim)`; differentiable in queries, keys, values, sparse ones, bias.
 
     Args:
         query, key, value: shape (batch, heads, g + t, head_dim), of any strides: `g = num_global_tokens` globals, then
@@ -114,6 +115,10 @@ def fused_attention(
         attention_mask: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
         sparse: the `layout.num_sparse_keys(t)` sparse keys, or None.
         dropout: the probability with which a probability is dropped.
+        bias: added by distance, shape (heads, 2 * reach + 1); then `sparse` says the places of its keys, each of which
+            lies in the block of text that the key is made of. The backward pass takes, for a while, room for
+            `2 * reach + 1` numbers in float32 for each token and head; where the reach is more than `block_size + 1`,
+            for each sparse key too.
         seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
         cu_seqlens: int32, shape (rows + 1,), on the device, for packed rows: `batch` is 1, and row `r`, its globals
             followed by its text, is the tokens `[cu_seqlens[r], cu_seqlens[r + 1])`.
@@ -127,7 +132,7 @@ def fused_attention(
         token always does). Of a causal global token it is the query.
 
     Raises:
-        ValueError: where `cu_seqlens` comes without `max_seqlen`.
+        ValueError: where `cu_seqlens` comes without `max_seqlen`, or a bias without the places of sparse keys.
     """
     if dropout > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
@@ -139,10 +144,11 @@ def fused_attention(
         blocks = (cu_seqlens.diff() - layout.num_global_tokens + layout.block_size - 1) // layout.block_size
         cu_sparse = torch.zeros_like(cu_seqlens)
         cu_sparse[1:] = (blocks * layout.sparse_step).cumsum(0)
-    sparse_mask, *sparse_states = sparse or (None, None, None, None)
-    sparse_key, sparse_value, index = sparse_states
+    if bias is not None and sparse is not None and sparse.place is None:
+        raise ValueError("sparse: got no places of its keys, which a bias by distance needs; see `SparseKeys.place`")
+    sparse_mask, sparse_key, sparse_value, index, place = sparse or (None, None, None, None, None)
     tensors = (query, key, value, attention_mask, sparse_key, sparse_value, sparse_mask)
-    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, index)
+    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, index, bias, None if bias is None else place)
     sizes = [query.shape[2] if max_seqlen is None else max_seqlen, *layout]
     return _attention_operator(*tensors, *others, sizes, dropout)[0]
 
@@ -246,6 +252,8 @@ class _Call:
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
         index: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        sparse_place: torch.Tensor | None,
         sizes: list[Any],
         dropout: float,
     ) -> None:
@@ -256,8 +264,10 @@ class _Call:
         self.wide, self.large = query.dtype in WIDE_TYPES, self.head_dim > 64
         sparse_length = 0 if sparse_mask is None else sparse_mask.shape[2]
 
-        any_keys = Keys(*[self.strided(_token_major(query))] * 5)
+        any_keys = Keys(*[self.strided(_token_major(query))] * len(Keys._fields))
         sparse = any_keys
+        if sparse_place is not None:
+            sparse = sparse._replace(place=self.strided(sparse_place))
         if index is not None:
             rows = flat_rows(index)
             sparse_key, sparse_value = take_rows(key, rows), take_rows(value, rows)
@@ -281,6 +291,7 @@ class _Call:
             cu_sparse=query if cu_sparse is None else cu_sparse,
             seqused=query if mask is None else scans.seqused,
             seed=query if seed is None else seed,
+            bias=query if bias is None else (bias.float() * math.log2(math.e)).contiguous(),
             threshold=_threshold(dropout),
             keep_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
         )
@@ -300,6 +311,8 @@ class _Call:
             sparse=sparse_length > 0,
             indexed=index is not None,
             dropout=dropout > 0.0,
+            biased=bias is not None,
+            reach=0 if bias is None else bias.shape[1] // 2,
             packed=self.packed,
             precision=_precision(),
             chunk=GLOBAL_CHUNK,
@@ -356,6 +369,8 @@ class _Call:
             own = query_tile = min(query_tile, self.largest_tile)
         grid = (-(-tokens // own) * chunks, self.heads, self.num_rows)
         plan = self.plan._replace(query_tile=query_tile, key_tile=key_tile)
+        if options.get("GLOBAL", True) and options.get("KIND", "global") == "global":
+            plan = plan._replace(biased=False, reach=0)
         if all(grid):
             kernel[grid](*arguments, PLAN=plan, **options)
 
@@ -381,7 +396,7 @@ class _Call:
         of_text = settings
         if self.plan.block_size % 128 == 0:
             # 128 registers leave room for two programs on a multiprocessor.
-            of_text = settings | {"num_warps": 8, "maxnreg": None if self.large else 128}
+            of_text = settings | {"num_warps": 8, "maxnreg": None if self.large or self.plan.biased else 128}
         self.launch(forward, self.text, (128, self.key_tile), self.inputs, output, lse, GLOBAL=False, **of_text)
         if self.plan.causal:
             self.pass_globals(self.inputs.query, output)
@@ -392,8 +407,25 @@ class _Call:
             self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, **settings)
             self.launch(combine, g, (tile, 16), part, weights, self.inputs, output, lse, WEIGHTED=True)
 
-    def backward(self, states: list[Strided], grads: list[Strided]) -> None:
-        """`states` are the output, its gradient, the `lse`, and room for the statistics that keys need of a query."""
+    def bias_lines(self, of_sparse: bool) -> torch.Tensor:
+        """Room for what each key gives for the bias, of shape (batch, heads, keys, columns)."""
+        # A block of text lies between a sparse key and the blocks that see it.
+        near = self.plan.reach > (self.plan.block_size + 1 if of_sparse else 0)
+        keys = self.inputs.sparse_length if of_sparse else self.inputs.length
+        shape = (self.inputs.query.data.shape[0], self.heads, keys, 2 * self.plan.reach + 1 if near else 2)
+        return torch.zeros(shape, dtype=torch.float32, device=self.inputs.query.data.device)
+
+    def add_bias_lines(self, lines: torch.Tensor, grad_bias: torch.Tensor) -> None:
+        total = lines.sum(dim=(0, 2)) * (self.inputs.keep_scale if self.plan.dropout else 1.0)
+        if total.shape == grad_bias.shape:
+            grad_bias += total
+        else:
+            grad_bias[:, 0] += total[:, 0]
+            grad_bias[:, -1] += total[:, 1]
+
+    def backward(self, states: list[Strided], grads: list[Strided], grad_bias: torch.Tensor | None) -> None:
+        """`states` are the output, its gradient, the `lse`, and room for the statistics that keys need of a query. To
+        `grad_bias`, in float32, is added."""
         grad_output, lse, query_stats = states[1:]
         grad_query, grad_key, grad_value, *sparse_grads = grads
         inputs, g, tile = self.inputs, *self.global_rows()
@@ -411,26 +443,38 @@ class _Call:
             self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, lse, WEIGHTED=False)
         query_tile = 32 if self.large else 64
         of_keys = (inputs, grad_output, query_stats)
-        self.launch(backward_keys, self.text, (query_tile, 64), *of_keys, grad_key, grad_value, KIND="text", **settings)
+
+        def launch(tokens: int, tiles: tuple[int, int], *targets: Strided, KIND: str, **options: Any) -> None:
+            if grad_bias is None or KIND == "global":
+                self.launch(backward_keys, tokens, tiles, *of_keys, *targets, targets[0], KIND=KIND, **options)
+            else:
+                lines = self.bias_lines(KIND == "sparse")
+                options["num_warps"] = 8
+                tiles = min(tiles[0], 32), tiles[1]
+                self.launch(backward_keys, tokens, tiles, *of_keys, *targets, self.strided(lines), KIND=KIND, **options)
+                self.add_bias_lines(lines, grad_bias)
+
+        launch(self.text, (query_tile, 64), grad_key, grad_value, KIND="text", **settings)
         if g:
             parts = self.part(self.head_dim), self.part(self.head_dim)
-            self.launch(backward_keys, g, (64, tile), *of_keys, *parts, KIND="global", **of_globals)
+            launch(g, (64, tile), *parts, KIND="global", **of_globals)
             for part, target in zip(parts, (grad_key, grad_value), strict=True):
                 self.launch(combine, g, (tile, 16), part, part, inputs, target, lse, WEIGHTED=False)
         if self.plan.sparse:
             # Chosen tokens have a gradient by now, to which is added.
             of_sparse = sparse_grads or (grad_key, grad_value)
             tiles = min(query_tile, self.largest_tile), 64  # Its mask is for queries of one block.
-            self.launch(backward_keys, self.sparse_text, tiles, *of_keys, *of_sparse, KIND="sparse", **settings)
+            launch(self.sparse_text, tiles, *of_sparse, KIND="sparse", **settings)
 
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sparse_key, Tensor? sparse_value, "
-    "Tensor? sparse_mask, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, SymInt[] sizes, "
-    "float dropout"
+    "Tensor? sparse_mask, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, Tensor? bias, "
+    "Tensor? sparse_place, SymInt[] sizes, float dropout"
 )
-_CU_SEQLENS, _SIZES = 8, 11  # among them
+_CU_SEQLENS, _BIAS, _SIZES = 8, 11, 13  # among them
+_DIFFERENTIABLE = (0, 1, 2, 4, 5, _BIAS)
 _SAVED = "Tensor output, Tensor lse, Tensor seqused, Tensor full_tiles, Tensor sparse_full_tiles"
 
 
@@ -441,9 +485,10 @@ def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _new_grads(grad_output: torch.Tensor, *saved_and_arguments: Any) -> list[torch.Tensor]:
-    """For queries, keys, values, and, if there are any, sparse keys and values."""
+    """For queries, keys, values, and, if there are any, sparse keys and values, and the bias."""
     arguments = saved_and_arguments[2 + len(_Scans._fields) :]
-    return [_new_token_major(arguments[i], arguments) for i in (0, 1, 2, 4, 5) if arguments[i] is not None]
+    grads = [_new_token_major(arguments[i], arguments) for i in _DIFFERENTIABLE[:-1] if arguments[i] is not None]
+    return grads if arguments[_BIAS] is None else [*grads, torch.empty_like(arguments[_BIAS])]
 
 
 def _new_token_major(like: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
@@ -476,9 +521,15 @@ def _attention_backward(
     scans = _Scans(seqused, full_tiles, sparse_full_tiles)
     grads = _new_grads(grad_output, output, lse, *scans, *arguments)
     states = (output, _token_major(grad_output), lse, lse.new_empty((*lse.shape, 4)))
+    of_states, bias = grads, arguments[_BIAS]
+    grad_bias = None
+    if bias is not None:
+        of_states, grad_bias = grads[:-1], torch.zeros_like(bias, dtype=torch.float32)
     with torch.cuda.device_of(output):
         call = _Call(scans, *arguments)
-        call.backward([call.strided(state) for state in states], [call.strided(grad) for grad in grads])
+        call.backward([call.strided(x) for x in states], [call.strided(x) for x in of_states], grad_bias)
+    if grad_bias is not None:
+        grads[-1].copy_(grad_bias)
     return grads
 
 
@@ -489,9 +540,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _differentiate(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    grads = _attention_backward_operator(grad_output, *ctx.saved_tensors, ctx.sizes, ctx.dropout)
-    sparse_grads = grads[3:] or [None, None]
-    return (*grads[:3], None, *sparse_grads, *[None] * 7)
+    saved = ctx.saved_tensors
+    grads = iter(_attention_backward_operator(grad_output, *saved, ctx.sizes, ctx.dropout))
+    arguments = saved[2 + len(_Scans._fields) :]
+    given = {i: next(grads) for i in _DIFFERENTIABLE if arguments[i] is not None}
+    return tuple(given.get(i) for i in range(_SIZES + 2))
 
 
 choose_largest_norm = torch.library.custom_op(
