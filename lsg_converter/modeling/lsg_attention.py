@@ -126,7 +126,7 @@ def lsg_attention(
         packed = sparsify_packed(tokens, seqlens or [length], layout, shorten)
         return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout, bias), None
     sparse = shorten(*tokens)
-    if kernel == "triton":
+    if kernel == "triton" and not isinstance(bias, RelativeEmbeddings):  # which it is not chosen for
         return fused_attention(query, key, value, attention_mask, sparse, layout, dropout, bias), None
     return blockwise_attention(query, key, value, attention_mask, sparse, layout, dropout, attend, bias)
 
@@ -177,7 +177,7 @@ def choose_kernel(
         kernel = "portable"
         if cpu_kernel_serves(query):
             kernel = "cpu"
-        elif triton_serves(query, layout) is None and not is_exporting():
+        elif not isinstance(bias, RelativeEmbeddings) and triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
             reach = None if bias is None else bias.shape[1] // 2
             fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0, reach)
@@ -185,7 +185,8 @@ def choose_kernel(
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
     elif kernel == "triton":
-        reason = triton_serves(query, layout)
+        embedded = isinstance(bias, RelativeEmbeddings)
+        reason = "it takes no products with embeddings of distances" if embedded else triton_serves(query, layout)
     if reason is not None:
         raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open (attention_kernel=None)")
     if not torch.compiler.is_compiling():
