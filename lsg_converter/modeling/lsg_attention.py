@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .lsg_bias import Bias, added_scores, full_scores, products
+from .lsg_bias import Bias, RelativeEmbeddings, added_scores, full_scores, products
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
 from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
 from .lsg_sparsity import check_sparsity, sparsify
