@@ -521,7 +521,7 @@ def test_a_bias_by_distance_in_half_precision(dtype):
 @runs
 @FULL
 def test_a_bias_by_distance_of_packed_rows():
-    """As of rows: what follows from dropout too, where there is one row."""
+    """As of each row alone."""
     g, block, reach, lengths = 2, 32, 50, (101, 40)
     numbers = layout(block, 32, 2, g)
     states = torch.randn(3, 1, HEADS, sum(lengths) + 2 * g, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -532,9 +532,10 @@ def test_a_bias_by_distance_of_packed_rows():
     starts, parts, expected = [0, lengths[0] + g, states.shape[3]], [], []
     for start, stop in itertools.pairwise(starts):
         row = [x[:, :, start:stop] for x in leaves[:3]]
-        sparse = sparsify(*row, keep[:, None, start:stop], numbers, sparsity_type="stride", with_place=True)
+        options = {"sparsity_type": "stride", "in_place": True, "with_place": True}
+        sparse = sparsify(*row, keep[:, None, start:stop], numbers, **options)
         expected.append(fused_attention(*row, None, sparse, numbers, bias=leaves[3]))
-        parts.append(sparse._replace(place=sparse.place + start))
+        parts.append(sparse._replace(token_index=sparse.token_index + start, place=sparse.place + start))
     joined = [torch.cat(x, dim=2) if x[0] is not None else None for x in zip(*parts, strict=True)]
     ends = torch.tensor(starts, device=DEVICE, dtype=torch.int32)
     options = {"cu_seqlens": ends, "max_seqlen": 110, "bias": leaves[3]}
