@@ -41,7 +41,7 @@ class LSGAttention(nn.Module):
         **fields: Any,
     ) -> None:
         super().__init__()
-        if not 0 <= attention_dropout_prob <= 1:
+        if not isinstance(attention_dropout_prob, int | float) or not 0 <= attention_dropout_prob <= 1:
             raise ValueError(f"attention_dropout_prob: got {attention_dropout_prob!r}; allowed is 0 to 1")
         self.is_causal, self.mask_first_token = is_causal, mask_first_token
         self.attention_dropout_prob = attention_dropout_prob

@@ -487,5 +487,11 @@ def test_errors_say_what_is_allowed():
         lsg_attention(*tensors, keep, kernel="flash")
     with pytest.raises(ValueError, match=r"sparsity_type: got 'best'; allowed is one of none, norm"):
         lsg_attention(*tensors, keep, **arguments((4, 4, 2), "best"))
+    with pytest.raises(ValueError, match=r"attention_mask: got torch.float32; it must be boolean"):
+        lsg_attention(*tensors, keep.float())
+    with pytest.raises(ValueError, match=r"num_global_tokens: got -1; allowed is at least 0"):
+        lsg_attention(*tensors, keep, num_global_tokens=-1)
+    with pytest.raises(ValueError, match=r"full_attention_length: got -1; allowed is at least 0"):
+        lsg_attention(*tensors, keep, full_attention_length=-1)
     with pytest.raises(ValueError, match=r"attention_mask \(3, 31\); got .* and \(3, 30\)"):
         lsg_attention(*tensors, keep[:, 1:])

@@ -179,6 +179,18 @@ def test_errors_say_what_is_allowed():
         layer(block_size=5)
     with pytest.raises(ValueError, match=r"^window: no field of LSG attention; use num_global_tokens, block_size"):
         layer(window=5)
+    with pytest.raises(ValueError, match=r"neither 0 nor very negative"):
+        layer()(q, k, v, torch.full((1, 1, 1, 30), torch.nan))
+    with pytest.raises(ValueError, match=r"whole numbers that are neither 0 nor 1"):
+        layer()(q, k, v, torch.full((1, 30), 2))
+    with pytest.raises(ValueError, match=r"must have one head_dim, key and value the same"):
+        layer()(q, k[..., :4], v)
+    with pytest.raises(ValueError, match=r"must have one head_dim, key and value the same"):
+        layer()(q, k, v[:, :, :20])
+    with pytest.raises(ValueError, match=r"got torch.float32, torch.float16 and torch.float32; .* one floating dtype"):
+        layer()(q.float(), k.half(), v.float())
+    with pytest.raises(ValueError, match=r"^attention_dropout_prob: got 'a'; allowed is 0 to 1"):
+        layer(attention_dropout_prob="a")
     with pytest.raises(ValueError, match=r"^attention_dropout_prob: got 2; allowed is 0 to 1"):
         layer(attention_dropout_prob=2)
     with pytest.raises(ValueError, match=r"^kernel: got 'triton', and it runs"):

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 
 from .lsg_bias import Bias, RelativeEmbeddings, added_scores, full_scores, products
 from .lsg_cpu import cpu_attention, cpu_kernel_serves
-from .lsg_layout import KeyValues, LSGLayout, SparseKeys, is_exporting, pad_to_multiple, take_first, take_windows
+from .lsg_layout import (
+    KeyValues,
+    LSGLayout,
+    SparseKeys,
+    is_exporting,
+    pad_to_multiple,
+    require,
+    take_first,
+    take_windows,
+)
 from .lsg_sparsity import check_sparsity, sparsify
 from .lsg_triton import fused_attention, triton_serves
 
@@ -85,6 +94,12 @@ def lsg_attention(
             f"key and value must have the shape of query, {tuple(query.shape)}, and attention_mask {(batch, length)}; "
             f"got {tuple(key.shape)}, {tuple(value.shape)} and {tuple(attention_mask.shape)}"
         )
+    if attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask: got {attention_mask.dtype}; it must be boolean, True for a token to attend to"
+        )
+    require("num_global_tokens", num_global_tokens, num_global_tokens >= 0, "at least 0")
+    require("full_attention_length", full_attention_length, (full_attention_length or 0) >= 0, "at least 0, or none")
     check_sparsity(block_size, sparse_block_size, sparsity_factor, sparsity_type)
     sizes = num_global_tokens, block_size, sparse_block_size, sparsity_factor
     layout = LSGLayout.from_fields(*sizes, sparsity_type, full_attention_length, causal)

@@ -81,14 +81,21 @@ def key_mask(attention_mask: torch.Tensor | None, key: torch.Tensor) -> torch.Te
     mask = attention_mask.reshape(shape[0], shape[-1])
     if mask.is_floating_point():
         kept = mask == 0
-        if not torch.compiler.is_compiling() and bool((~kept & (mask > HIDDEN)).any()):
+        if may_be_wrong(~kept & ~(mask <= HIDDEN)):
             raise ValueError(
                 "attention_mask: got numbers that are neither 0 nor very negative; LSG attention adds no bias to scores"
             )
         mask = kept
+    elif mask.dtype != torch.bool and len(shape) == 2 and may_be_wrong((mask != 0) & (mask != 1)):
+        raise ValueError("attention_mask: got whole numbers that are neither 0 nor 1; 1 is a token to attend to")
     elif mask.dtype != torch.bool and len(shape) == 4:
         raise ValueError(f"attention_mask: got {mask.dtype} of four dimensions; use booleans, or numbers to be added")
     return mask.to(device=key.device, dtype=torch.bool).expand(key.shape[0], -1)
+
+
+def may_be_wrong(fault: torch.Tensor) -> bool:
+    """Whether a mask has a fault anywhere; a graph takes it as it is."""
+    return not torch.compiler.is_compiling() and bool(fault.any())
 
 
 def text_attention(
@@ -133,6 +140,16 @@ def text_attention(
         raise ValueError(
             f"query, key and mask: got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(mask.shape)}; they must be "
             "(batch, heads, tokens, head_dim), with as many heads or a part of them, and (batch, tokens)"
+        )
+    if head_dim != key.shape[3] or value.dim() != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"query, key and value: got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; query and "
+            "key must have one head_dim, key and value the same batch, heads and tokens"
+        )
+    alike = query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type)
+    if not query.is_floating_point() or not alike:
+        raise ValueError(
+            f"query, key and value: got {query.dtype}, {key.dtype} and {value.dtype}; they must have one floating dtype"
         )
     value_dim = value.shape[3]
     width = max(head_dim, value_dim)
