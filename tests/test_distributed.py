@@ -70,16 +70,18 @@ def alone(folder):
 
 @pytest.mark.parametrize("more", [["--multi_gpu"], FSDP], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one(folder, alone, tmp_path, more):
-    """The losses of a batch of eight, in each step and behind; the checkpoint has the same weights, and loads."""
+    """The losses of a batch of eight, in each step and behind; the checkpoint has the same weights by name, loads, and
+    says the same. (Not to rounding: Adam takes a full step where a gradient is rounding alone, as of keys' biases.)"""
     losses, loss = train(folder, tmp_path, 4, *LAUNCH, *more)
     assert (
         len(losses) == 4 and losses == pytest.approx(alone[0], abs=2e-3) and loss == pytest.approx(alone[1], abs=1e-3)
     )
-    one, two = (load_file(path / "model.safetensors") for path in (folder / "alone", tmp_path))
-    assert one.keys() == two.keys()
-    assert all(torch.allclose(one[name], two[name], rtol=0, atol=2e-3) for name in one)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
-    assert model(torch.arange(5, 100)[None]).logits.shape == (1, 3)
+    folders = folder / "alone", tmp_path
+    one, two = (load_file(path / "model.safetensors").keys() for path in folders)
+    assert one == two
+    models = [AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True) for path in folders]
+    expected, actual = (model.eval()(torch.arange(5, 100)[None]).logits for model in models)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.02)
 
 
 def test_a_corpus_is_encoded_by_two_processes_as_by_one(folder, tmp_path, capsys):

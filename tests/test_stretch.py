@@ -19,7 +19,8 @@ from lsg_converter.surgery import stepped_positions
 TRAINED, STEP = 512, 3
 TABLE = TRAINED * STEP
 SMALL = {"block_size": 4, "sparse_block_size": 4}
-COMPUTED = ("pegasus", "m2m_100", "marian", "esm", "deberta")  # these compute their positions, or have none
+# These compute their positions, or have none.
+COMPUTED = ("pegasus", "m2m_100", "marian", "esm", "deberta", "t5", "mt5", "umt5")
 FAMILIES = [name for kind in families.model_types() if (name := kind.replace("-", "_")) not in COMPUTED]
 
 
