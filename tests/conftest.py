@@ -88,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The same cases in every run. What fixtures hold, which is not made anew for each case, does not change.
     settings.register_profile(
-        "lsg", derandomize=True, deadline=None, max_examples=200 if config.getoption("full") else 50,
+        "lsg", derandomize=True, deadline=None, max_examples=150 if config.getoption("full") else 50,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )  # fmt: skip
     settings.load_profile("lsg")
