@@ -6,7 +6,6 @@ nothing that they do not know; so what is between the model and its attention is
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from .lsg_bias import RelativeEmbeddings
 from .lsg_config import LSGConfig
 from .lsg_layout import require
-from .lsg_modeling import LSGModel
-from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGSelfAttention
+from .lsg_modeling import LSGRestatedModel
+from .lsg_modules import LSGEmbeddings, LSGEncoder, LSGLayer, LSGSelfAttention
 from .lsg_packing import Packing
 
 
@@ -98,14 +97,6 @@ class LSGDisentangledModule:
         return self.output(output, hidden_states), probabilities  # type: ignore[attr-defined]
 
 
-class LSGDisentangledLayer:
-    """Mixed into a layer."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        attended, probabilities = self.attention(hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
-        return self.output(self.intermediate(attended), attended), probabilities  # type: ignore[attr-defined]
-
-
 class DisentangledStack:
     """The stock stack of layers, which hands on what it is given."""
 
@@ -184,30 +175,18 @@ class LSGDisentangledNorm:
         return self.weight * normed.to(states.dtype) + self.bias
 
 
-class LSGDisentangledModel(LSGModel):
+class LSGDisentangledModel(LSGRestatedModel):
     """Mixed into the base model."""
 
     lsg_modules = {
         "Embeddings": LSGEmbeddings,
         "Attention": LSGDisentangledModule,
-        "Layer": LSGDisentangledLayer,
+        "Layer": LSGLayer,
         "Encoder": LSGDisentangledEncoder,
     }
     global_token_type = True
+    embedded = (*LSGRestatedModel.embedded, "token_type_ids")
 
-    def find_first_token(self, arguments: Any) -> torch.Tensor | None:
-        mask = arguments.get("attention_mask")
-        if self.config.position_biased_input or mask is None:  # type: ignore[attr-defined]
-            return super().find_first_token(arguments)
-        return (mask != 0).int().argmax(dim=1)  # Its place is all that padding on the left could change.
-
-    def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        texts = {name: arguments.pop(name, None) for name in ("input_ids", "inputs_embeds", "position_ids")}
-        if (texts["input_ids"] is None) == (texts["inputs_embeds"] is None):
-            return super().read(stock_forward, arguments | texts)  # which raises
-        types = arguments.pop("token_type_ids", None)
-        for name in ("output_attentions", "output_hidden_states"):
-            value = arguments.get(name)
-            arguments[name] = getattr(self.config, name) if value is None else value  # type: ignore[attr-defined]
-        states = self.embeddings(token_type_ids=types, **texts)  # type: ignore[attr-defined]
-        return self.encoder(states, **arguments)  # type: ignore[attr-defined]
+    @property
+    def moves_with_padding(self) -> bool:
+        return not self.config.position_biased_input  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import TransformersKwargs, logging
 
 from .lsg_attention import ATTN_IMPLEMENTATIONS
@@ -218,13 +219,18 @@ class LSGReader(LSGPreTrained):
                 "load the model with attn_implementation='eager'"
             )
 
+    @property
+    def moves_with_padding(self) -> bool:
+        """Whether padding on the left changes no token's position."""
+        return self.positions_follow_padding
+
     def find_first_token(self, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """The place of each row's first token, shape (batch,), where padding on the left does not change the token's
         position: then blocks count from it. Else None: they count from place 0."""
         mask = arguments.get("attention_mask")
         if mask is None:
             return None
-        if self.positions_follow_padding or arguments.get("position_ids") is not None:
+        if self.moves_with_padding or arguments.get("position_ids") is not None:
             return (mask != 0).int().argmax(dim=1)
         self.warn_of_left_padding(mask)
         return None
@@ -362,6 +368,12 @@ class LSGReader(LSGPreTrained):
         """Call the stock forward, with arguments that fit an LSG model."""
         return stock_forward(self, **arguments, return_dict=True)
 
+    def fill_captured(self, arguments: dict[str, Any]) -> None:
+        """Put in what the configuration says of `output_attentions` and `output_hidden_states`, if a call does not."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if arguments.get(name) is None:
+                arguments[name] = getattr(self.config, name)  # type: ignore[attr-defined]
+
     def embed_text(self, arguments: dict[str, Any], first_token: torch.Tensor | None) -> None:
         """Call the embeddings module, where that must be before the mask is that of the global tokens too."""
 
@@ -449,6 +461,24 @@ class LSGModel(LSGReader):
     global_token_type: ClassVar[bool] = False
     global_types: ClassVar[tuple[str, ...]] = ()
     required_inputs: ClassVar[tuple[str, ...]] = ()
+
+
+class LSGRestatedModel(LSGModel):
+    """Mixed into the base model of a family whose stock forward hands its stack no arguments that it does not know: its
+    embeddings, of the arguments in `embedded`, its stack and its pooler are called here instead."""
+
+    embedded: ClassVar[tuple[str, ...]] = ("input_ids", "inputs_embeds", "position_ids")
+
+    def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        if (arguments.get("input_ids") is None) == (arguments.get("inputs_embeds") is None):
+            return super().read(stock_forward, arguments)  # which raises
+        self.fill_captured(arguments)
+        states = self.embeddings(**{name: arguments.pop(name, None) for name in self.embedded})  # type: ignore[attr-defined]
+        outputs = self.encoder(states, **arguments)  # type: ignore[attr-defined]
+        pooler = getattr(self, "pooler", None)
+        if pooler is None:
+            return outputs
+        return BaseModelOutputWithPooling(pooler_output=pooler(outputs.last_hidden_state), **outputs)
 
 
 class LSGEmbeddedModel(LSGModel):

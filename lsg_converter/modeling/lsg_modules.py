@@ -206,6 +206,14 @@ class LSGFinalNorm(nn.LayerNorm):
         return F.layer_norm(states.to(dtype), self.normalized_shape, scale, shift, self.eps).to(states.dtype)
 
 
+class LSGLayer:
+    """Mixed into a layer of a family whose stock one hands its attention no arguments that it does not know."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        attended, probabilities = self.attention(hidden_states, *args, **kwargs)  # type: ignore[attr-defined]
+        return self.output(self.intermediate(attended), attended), probabilities  # type: ignore[attr-defined]
+
+
 class LSGEncoder:
     """Mixed into a family's stack of layers. The layers see a packed batch; what leaves the stack, for poolers and
     heads, has the positions of the text.

@@ -100,18 +100,17 @@ class LSGT5StyleEncoder(LSGT5StyleWeights, LSGSeq2SeqEncoder):
     def read(self, stock_forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         if arguments.get("input_ids") is not None or arguments.get("inputs_embeds") is None:
             return super().read(stock_forward, arguments)  # which raises
-        wanted = {name: arguments.get(name) for name in ("output_attentions", "output_hidden_states")}
-        wanted = {name: getattr(self.config, name) if flag is None else flag for name, flag in wanted.items()}
+        self.fill_captured(arguments)
         others = {name: arguments.get(name) for name in ("seqlens", "promotion")}
         states, bias = self.dropout(arguments["inputs_embeds"]), None  # type: ignore[attr-defined]
         every_state: list[Any] = []
         every_probability: list[Any] = []
         for block in self.block:  # type: ignore[attr-defined]
-            every_state.append(states if wanted["output_hidden_states"] else None)
+            every_state.append(states if arguments["output_hidden_states"] else None)
             states, bias, probabilities = block(states, arguments["attention_mask"], bias, **others)
-            every_probability.append(probabilities if wanted["output_attentions"] else None)
+            every_probability.append(probabilities if arguments["output_attentions"] else None)
         states = self.dropout(self.final_layer_norm(states))  # type: ignore[attr-defined]
-        captured = (*every_state, states) if wanted["output_hidden_states"] else None
+        captured = (*every_state, states) if arguments["output_hidden_states"] else None
         return BaseModelOutput(states, captured, tuple(every_probability) if every_probability[0] is not None else None)
 
 
