@@ -98,7 +98,7 @@ class BestChunk(nn.Module):
 def halves(corpus: str) -> tuple[list[str], list[str]]:
     """Texts to train on, and others to measure on."""
     if corpus == corpora.BUILT_IN:
-        texts = list(corpora.built_in())
+        texts = list(corpora.built_in()[0])
     elif Path(corpus).is_file() and "text" in (rows := corpora.read_file(Path(corpus)))[0]:
         texts = [row["text"] for row in rows]
     else:

@@ -63,12 +63,20 @@ def prose(source: str) -> list[str]:
 
 
 @cache
-def built_in() -> tuple[str, ...]:
-    """What the files of Python's library, of torch and of numpy say of themselves; no paragraph stands in two."""
-    packages = [find_spec(name) for name in ("numpy", "torch")]
-    folders = [Path(sysconfig.get_paths()["stdlib"])]
-    folders += [Path(place) for spec in packages if spec for place in spec.submodule_search_locations or ()]
+def built_in() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What files say of themselves: those of Python's library, of torch and of numpy, and then those of Transformers
+    and huggingface_hub, for a corpus that the former do not fill. No paragraph stands in two."""
     seen: set[str] = set()
+    packages = [
+        [Path(place) for spec in map(find_spec, names) if spec for place in spec.submodule_search_locations or ()]
+        for names in (("numpy", "torch"), ("transformers", "huggingface_hub"))
+    ]
+    first = [Path(sysconfig.get_paths()["stdlib"]), *packages[0]]
+    return tuple(files(first, seen)), tuple(files(packages[1], seen))
+
+
+def files(folders: Iterable[Path], seen: set[str]) -> list[str]:
+    """The prose of each file of Python in these folders, without the paragraphs that were seen before."""
     texts: list[str] = []
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
@@ -81,7 +89,7 @@ def built_in() -> tuple[str, ...]:
             new = [part for part in dict.fromkeys(parts) if part not in seen]
             seen.update(new)
             texts.append("\n\n".join(new))
-    return tuple(texts)
+    return texts
 
 
 class Spans:
@@ -111,15 +119,23 @@ def passage(spans: Spans, length: int, draw: random.Random, begin: int = BEYOND)
 
 
 def with_passages(
-    texts: Iterable[str], tokenizer: Any, length: int, count: int, per_document: int, begin: int = BEYOND
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    count: int,
+    per_document: int,
+    begin: int = BEYOND,
+    further: Iterable[str] = (),
 ) -> Corpus:
     """Documents of `length` tokens, each with passages of its own as queries.
 
     They come from texts drawn at random, several from a long one: a query's document has neighbours that are near it.
+    Where these do not give `count`, they are followed by `further` ones.
     """
     draw = random.Random(0)
     drawn = list(texts)
     draw.shuffle(drawn)
+    drawn += random.Random(0).sample(more := list(further), len(more))
     corpus = Corpus([], [], [])
     for text in drawn:
         whole = Spans(text, tokenizer)
@@ -175,7 +191,8 @@ def load(name: str, tokenizer: Any, length: int, count: int, per_document: int) 
     if name.startswith(LONGEMBED_NAME):
         corpus = with_queries(*longembed(name.removeprefix(LONGEMBED_NAME)), tokenizer, length)
     elif name == BUILT_IN:
-        corpus = with_passages(built_in(), tokenizer, length, count, per_document)
+        texts, further = built_in()
+        corpus = with_passages(texts, tokenizer, length, count, per_document, further=further)
     elif not Path(name).is_file():
         raise common.OptionError(
             f"--corpus: got {name!r}; give {BUILT_IN}, a .jsonl file, or {LONGEMBED_NAME} and a task, such as "
