@@ -572,6 +572,7 @@ def test_attentions(load):
     close(outputs.attentions[0].sum(-1), torch.ones(2, config.num_attention_heads, 30))
 
 
+@pytest.mark.made_families
 def test_what_a_kernel_cannot_give(load):
     model = load()
     # As Transformers' own models: the fused kernel has none to give.
