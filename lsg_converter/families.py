@@ -24,9 +24,6 @@ _PAIRS = "its attention has a bias for each pair of tokens by their boxes, and i
 REFUSED = {
     **dict.fromkeys(("big_bird", "bigbird_pegasus", "led", "longformer", "longt5", "pegasus_x", "reformer"), _SPARSE),
     **dict.fromkeys(("layoutlmv2", "layoutlmv3"), _PAIRS),
-    **dict.fromkeys(
-        ("megatron-bert", "rembert"), "its layers, in Transformers, hand nothing but a mask to the attention"
-    ),
     "convbert": "half of its heads are convolutions, in which global tokens have no place",
     "fnet": "it has no attention",
     "funnel": "its layers pool the tokens, and its positions are relative",

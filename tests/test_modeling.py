@@ -445,6 +445,7 @@ def test_a_cache_in_front_of_a_short_text_is_as_in_the_stock_model(load, golden,
     options = {"attn_implementation": kernel, "dtype": torch.float64}
     model = load(num_global_tokens=0, **options)
     skip_without_cache(model)
+    options["attn_implementation"] = "eager"  # Some stock models have no other.
     stock = stock_class(family.base_class).from_pretrained(golden.source, **options).eval()
     ids = ids_of(model, 2, 8)
     mask = torch.ones(2, 3 + 8)
@@ -774,11 +775,12 @@ def test_tied_weights_stay_tied(load, family):
         model = load(families.auto_class(name))
         output = model.get_output_embeddings()
         if output is not None and name != "AutoModel":
-            assert output.weight is model.get_input_embeddings().weight
+            tied = output.weight is model.get_input_embeddings().weight
+            assert tied or (model.config.model_type == "rembert" and not model.config.tie_word_embeddings)
             if model.config.model_type == "esm":  # whose stock class leaves the bias as it is
                 continue
             model.resize_token_embeddings(model.config.vocab_size + 3)
-            assert output.weight.shape[0] == model.config.vocab_size
+            assert model.get_output_embeddings().weight.shape[0] == model.config.vocab_size
             assert run_head(name, model)[0].isfinite().all()
 
 
