@@ -55,6 +55,7 @@ LIKE: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "roberta_prelayernorm": ("roberta", "RobertaPreLayerNormForMaskedLM", {}),
+    "splinter": ("bert", "SplinterForQuestionAnswering", {"question_token_id": 4}),
     "t5": ("pegasus", "T5ForConditionalGeneration", _T5),
     "umt5": ("pegasus", "UMT5ForConditionalGeneration", _T5),
     "xlm_roberta_xl": ("roberta", "XLMRobertaXLForMaskedLM", {}),

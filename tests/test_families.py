@@ -34,8 +34,8 @@ from lsg_converter.options import SourceError
 
 # Where something is particular.
 EXACT = [
-    *("esm", "layoutlm", "markuplm", "marian", "megatron_bert", "mt5", "rembert", "t5", "umt5"),
-    *("xlm_roberta_xl", "xmod"),
+    *("esm", "layoutlm", "markuplm", "marian", "megatron_bert", "mt5", "rembert", "splinter", "t5"),
+    *("umt5", "xlm_roberta_xl", "xmod"),
 ]
 T5 = ["t5", *[pytest.param(name, marks=pytest.mark.full) for name in ("mt5", "umt5")]]
 SMALL = {"block_size": 4, "sparse_block_size": 4, "num_global_tokens": 2}

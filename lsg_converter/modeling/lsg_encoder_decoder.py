@@ -42,6 +42,7 @@ from .modeling_lsg_mpnet import LSGMPNetConfig
 from .modeling_lsg_rembert import LSGRemBertConfig
 from .modeling_lsg_roberta import LSGRobertaConfig
 from .modeling_lsg_roberta_prelayernorm import LSGRobertaPreLayerNormConfig
+from .modeling_lsg_splinter import LSGSplinterConfig
 from .modeling_lsg_xlm_roberta import LSGXLMRobertaConfig
 from .modeling_lsg_xlm_roberta_xl import LSGXLMRobertaXLConfig
 from .modeling_lsg_xmod import LSGXmodConfig
@@ -66,6 +67,7 @@ FAMILIES: tuple[Any, ...] = (
     LSGRemBertConfig,
     LSGRobertaConfig,
     LSGRobertaPreLayerNormConfig,
+    LSGSplinterConfig,
     LSGXLMRobertaConfig,
     LSGXLMRobertaXLConfig,
     LSGXmodConfig,
