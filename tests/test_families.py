@@ -388,7 +388,8 @@ def test_words_of_two_languages(tmp_path):
     torch.manual_seed(0)
     stock = families.stock_class(family.architectures["MarianMTModel"])(config).eval()
     stock.save_pretrained(tmp_path / "two")
-    assert run_command(tmp_path / "two", tmp_path / "lsg", "--max_sequence_length", "1000", "--quiet") == 0
+    flags = ["--max_sequence_length", "300", "--quiet", "--run_test"]
+    assert run_command(tmp_path / "two", tmp_path / "lsg", *flags) == 0
     model = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True, num_global_tokens=0).eval()
     inputs = {"input_ids": ids_of(2, 40), "decoder_input_ids": ids_of(2, 5) % 90}
     torch.testing.assert_close(
@@ -397,6 +398,17 @@ def test_words_of_two_languages(tmp_path):
     written = load_file(tmp_path / "lsg" / "model.safetensors")
     assert written["model.encoder.embed_tokens.weight"].shape[0] == 120
     assert written["model.decoder.embed_tokens.weight"].shape[0] == 90
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "lsg", trust_remote_code=True)  # no stock one loads it
+    assert torch.equal(decoder.lm_head.weight, stock.lm_head.weight) and decoder.config.vocab_size == 90
+
+
+def test_heads_that_look_for_a_question_are_run_on_one(tmp_path):
+    source = Made("splinter", tmp_path, vocab_size=30000, question_token_id=104).source
+    flags = ["--max_sequence_length", "300", "--quiet", "--run_test"]
+    assert run_command(source, tmp_path / "lsg", *flags) == 0
+    report = json.loads((tmp_path / "lsg" / "lsg_conversion.json").read_text())
+    names = {run["auto_class"] for run in report["heads"]}
+    assert names == {"AutoModel", "AutoModelForPreTraining", "AutoModelForQuestionAnswering"}
 
 
 # T5: no positions, one class of stacks, several parts
