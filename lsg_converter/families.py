@@ -24,20 +24,17 @@ _PAIRS = "its attention has a bias for each pair of tokens by their boxes, and i
 REFUSED = {
     **dict.fromkeys(("big_bird", "bigbird_pegasus", "led", "longformer", "longt5", "pegasus_x", "reformer"), _SPARSE),
     **dict.fromkeys(("layoutlmv2", "layoutlmv3"), _PAIRS),
-    **dict.fromkeys(
-        ("megatron-bert", "rembert"), "its layers, in Transformers, hand nothing but a mask to the attention"
-    ),
     "convbert": "half of its heads are convolutions, in which global tokens have no place",
     "fnet": "it has no attention",
     "funnel": "its layers pool the tokens, and its positions are relative",
     "lilt": "the scores of its two streams, of words and of boxes, are added",
     "luke": "it reads entities beside the words, with a query for each kind of pair",
-    "mobilebert": "its values are made of other states than its queries and keys",
+    "mobilebert": "the embedding of a word takes in those of its neighbours, padding among them",
     "modernbert": "it reads long texts as it is, by local attention and rotary positions",
     "nllb-moe": "which experts read a token depends on the other tokens of the batch",
     "nystromformer": "its attention is approximated by landmarks",
     "roformer": "its rotary positions are counted in its stack of layers, where rows lie end to end",
-    "squeezebert": "its projections are convolutions",
+    "squeezebert": "its layers are convolutions, of states that lie channel by channel",
     "tapas": "its positions begin anew in each cell of a table",
     "xlnet": "its positions are relative, and its attention has two streams",
     "yoso": "its attention is approximated by hashing",

@@ -422,6 +422,8 @@ def run_head(name: str, model: PreTrainedModel, limit: int) -> HeadRun:
 
     def forward(tokens: int) -> torch.Tensor:
         ids = random_ids(model, 1, tokens)
+        if hasattr(model.config, "question_token_id"):
+            ids[:, 0] = model.config.question_token_id  # where Splinter's heads look
         inputs = inputs_of(model, ids[:, None] if name == "AutoModelForMultipleChoice" else ids)
         if model.config.is_encoder_decoder:
             ids[:, -1] = model.config.eos_token_id  # where the classifying heads look

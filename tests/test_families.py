@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     EsmForMaskedLM,
+    RemBertForCausalLM,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.deberta import modeling_deberta
@@ -31,7 +33,10 @@ from lsg_converter.options import SourceError
 
 
 # Where something is particular.
-EXACT = ["esm", "layoutlm", "markuplm", "marian", "mt5", "t5", "umt5", "xlm_roberta_xl", "xmod"]
+EXACT = [
+    *("esm", "layoutlm", "markuplm", "marian", "megatron_bert", "mt5", "rembert", "splinter", "t5"),
+    *("umt5", "xlm_roberta_xl", "xmod"),
+]
 T5 = ["t5", *[pytest.param(name, marks=pytest.mark.full) for name in ("mt5", "umt5")]]
 SMALL = {"block_size": 4, "sparse_block_size": 4, "num_global_tokens": 2}
 
@@ -186,13 +191,20 @@ def test_both_masked_heads_of_deberta(name, legacy, tmp_path, monkeypatch):
     assert model.config.max_relative_positions == 512 and model.config.max_position_embeddings == 1000
 
 
-def test_mixed_heads_are_refused(tmp_path, capsys):
-    source = source_of("deberta", tmp_path, talking_head=True)
+@pytest.mark.parametrize(
+    ("name", "field", "why"),
+    [
+        ("deberta", "talking_head", "LSG does not mix"),
+        ("megatron_bert", "add_cross_attention", "that of Transformers' megatron-bert cannot read"),
+    ],
+)
+def test_a_field_that_lsg_does_not_have_is_refused(name, field, why, tmp_path, capsys):
+    source = source_of(name, tmp_path, **{field: True})
     assert run_command(source, tmp_path / "lsg", "--max_sequence_length", "1000") == 3
-    assert "talking_head: got True; allowed is False: LSG does not mix" in capsys.readouterr().err
+    assert f"{field}: got True; allowed is False: {why}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["mpnet", "t5"])
+@pytest.mark.parametrize("name", ["megatron_bert", "mpnet", "t5"])
 def test_heads_hand_on_what_their_model_reads(name, tmp_path):
     lsg_of(name, tmp_path, "--no_verify")
     head = AutoModelForTokenClassification.from_pretrained(tmp_path / "lsg", trust_remote_code=True, **SMALL).eval()
@@ -213,6 +225,50 @@ def test_decoders_are_verified(name, tmp_path):
         assert run_command(Made(name, tmp_path).source, tmp_path / "lsg", *flags) == 0
         report = json.loads((tmp_path / "lsg" / "lsg_conversion.json").read_text())
         assert any("in steps and at once" in check["name"] for check in report["checks"])
+
+
+@pytest.mark.parametrize("name", ["megatron_bert", pytest.param("rembert", marks=pytest.mark.full)])
+def test_a_decoder_runs_again_in_training(name, tmp_path):
+    """By gradient checkpointing: with the gradients of one that does not, and no cache."""
+    options = {"architectures": None, "is_decoder": True, "attention_probs_dropout_prob": 0.0}
+    source, target = source_of(name, tmp_path, **options, hidden_dropout_prob=0.0), tmp_path / "lsg"
+    prefix = "MegatronBert" if name == "megatron_bert" else "RemBert"
+    flags = ["--architecture", f"{prefix}ForCausalLM", "--quiet", "--no_verify"]
+    assert run_command(source, target, "--max_sequence_length", "1000", *flags) == 0
+    model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True, dtype=torch.float64, **SMALL).train()
+    ids = ids_of(2, 30)
+    expected = gradients(model, model(ids).logits)
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    outputs = model(ids)
+    actual = gradients(model, outputs.logits)
+    assert not outputs.past_key_values and actual.keys() == expected.keys()
+    assert all(torch.equal(grad, expected[key]) for key, grad in actual.items())
+
+
+@pytest.mark.newest  # In Transformers 5.10 the stock decoder looks ahead.
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@torch.no_grad()
+def test_cross_attention_of_rembert_is_the_stock_one(kernel, tmp_path):
+    """Its class is that of the self-attention. Also in steps."""
+    source, target = source_of("rembert", tmp_path), tmp_path / "lsg"
+    flags = ["--max_sequence_length", "1000", "--architecture", "RemBertForCausalLM", "--quiet", "--no_verify"]
+    assert run_command(source, target, *flags) == 0
+    fields = {"is_decoder": True, "add_cross_attention": True, "dtype": torch.float64}
+    stock = RemBertForCausalLM.from_pretrained(source, **fields).eval()
+    fields |= {"num_global_tokens": 0, "trust_remote_code": True, "attn_implementation": kernel}
+    model = AutoModelForCausalLM.from_pretrained(target, **fields).eval()
+    weights = {name: x for name, x in stock.state_dict().items() if "crossattention" in name}
+    assert weights and not model.load_state_dict(weights, strict=False).unexpected_keys
+    ids, mask, states = ids_of(2, 30), torch.ones(2, 17), torch.randn(2, 17, 16, dtype=torch.float64)
+    mask[0, 9:] = 0
+    for given in (mask, None):
+        read = {"encoder_hidden_states": states, "encoder_attention_mask": given}
+        outputs, expected = (each(ids, **read, output_attentions=True) for each in (model, stock))
+        close(outputs.logits, expected.logits)
+        close(outputs.cross_attentions, expected.cross_attentions)
+        start = model(ids[:, :20], **read, use_cache=True)
+        close(model(ids[:, 20:], **read, past_key_values=start.past_key_values).logits, expected.logits[:, 20:])
 
 
 # The first rows of the table of global tokens
@@ -332,7 +388,8 @@ def test_words_of_two_languages(tmp_path):
     torch.manual_seed(0)
     stock = families.stock_class(family.architectures["MarianMTModel"])(config).eval()
     stock.save_pretrained(tmp_path / "two")
-    assert run_command(tmp_path / "two", tmp_path / "lsg", "--max_sequence_length", "1000", "--quiet") == 0
+    flags = ["--max_sequence_length", "300", "--quiet", "--run_test"]
+    assert run_command(tmp_path / "two", tmp_path / "lsg", *flags) == 0
     model = AutoModel.from_pretrained(tmp_path / "lsg", trust_remote_code=True, num_global_tokens=0).eval()
     inputs = {"input_ids": ids_of(2, 40), "decoder_input_ids": ids_of(2, 5) % 90}
     torch.testing.assert_close(
@@ -341,6 +398,17 @@ def test_words_of_two_languages(tmp_path):
     written = load_file(tmp_path / "lsg" / "model.safetensors")
     assert written["model.encoder.embed_tokens.weight"].shape[0] == 120
     assert written["model.decoder.embed_tokens.weight"].shape[0] == 90
+    decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "lsg", trust_remote_code=True)  # no stock one loads it
+    assert torch.equal(decoder.lm_head.weight, stock.lm_head.weight) and decoder.config.vocab_size == 90
+
+
+def test_heads_that_look_for_a_question_are_run_on_one(tmp_path):
+    source = Made("splinter", tmp_path, vocab_size=30000, question_token_id=104).source
+    flags = ["--max_sequence_length", "300", "--quiet", "--run_test"]
+    assert run_command(source, tmp_path / "lsg", *flags) == 0
+    report = json.loads((tmp_path / "lsg" / "lsg_conversion.json").read_text())
+    names = {run["auto_class"] for run in report["heads"]}
+    assert names == {"AutoModel", "AutoModelForPreTraining", "AutoModelForQuestionAnswering"}
 
 
 # T5: no positions, one class of stacks, several parts

@@ -150,15 +150,20 @@ def define_modules(reader: Any) -> dict[type, type]:
     return result
 
 
-class _HandingOn:
-    """A model with a head as its stock forward sees it, whose part that has LSG gets some arguments more."""
+class HandingOn:
+    """A module as its stock forward sees it, whose parts of some classes get some arguments more."""
 
-    def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
-        self._model, self._arguments = model, arguments
+    forward = None  # Stock layers compare that of their class with their own.
+
+    def __init__(self, module: Any, parts: Any, arguments: dict[str, Any]) -> None:
+        self._module, self._parts, self._arguments = module, parts, arguments
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model, name)
-        return partial(value, **self._arguments) if isinstance(value, self._model.lsg_part_class) else value
+        value = getattr(self._module, name)
+        return [self._hand(part) for part in value] if isinstance(value, nn.ModuleList) else self._hand(value)
+
+    def _hand(self, value: Any) -> Any:
+        return partial(value, **self._arguments) if isinstance(value, self._parts) else value
 
 
 def handing_on(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,7 +173,7 @@ def handing_on(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         others = {name: kwargs.pop(name) for name in kwargs.keys() - names}
-        return stock_forward(_HandingOn(self, others) if others else self, *args, **kwargs)
+        return stock_forward(HandingOn(self, self.lsg_part_class, others) if others else self, *args, **kwargs)
 
     return forward
 

@@ -37,9 +37,12 @@ from .modeling_lsg_ernie import LSGErnieConfig
 from .modeling_lsg_esm import LSGEsmConfig
 from .modeling_lsg_layoutlm import LSGLayoutLMConfig
 from .modeling_lsg_markuplm import LSGMarkupLMConfig
+from .modeling_lsg_megatron_bert import LSGMegatronBertConfig
 from .modeling_lsg_mpnet import LSGMPNetConfig
+from .modeling_lsg_rembert import LSGRemBertConfig
 from .modeling_lsg_roberta import LSGRobertaConfig
 from .modeling_lsg_roberta_prelayernorm import LSGRobertaPreLayerNormConfig
+from .modeling_lsg_splinter import LSGSplinterConfig
 from .modeling_lsg_xlm_roberta import LSGXLMRobertaConfig
 from .modeling_lsg_xlm_roberta_xl import LSGXLMRobertaXLConfig
 from .modeling_lsg_xmod import LSGXmodConfig
@@ -59,9 +62,12 @@ FAMILIES: tuple[Any, ...] = (
     LSGEsmConfig,
     LSGLayoutLMConfig,
     LSGMarkupLMConfig,
+    LSGMegatronBertConfig,
     LSGMPNetConfig,
+    LSGRemBertConfig,
     LSGRobertaConfig,
     LSGRobertaPreLayerNormConfig,
+    LSGSplinterConfig,
     LSGXLMRobertaConfig,
     LSGXLMRobertaXLConfig,
     LSGXmodConfig,

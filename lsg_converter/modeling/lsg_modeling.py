@@ -414,6 +414,8 @@ def split_attentions(
     In a step of generation `before` tokens stand in the cache. Rows that were read from their first token on get their
     places back. Promoted tokens have theirs behind the global tokens', and NaN among those of the text.
     """
+    if outputs.get("attentions") and outputs["attentions"][0] is None:  # of a kernel that holds none
+        outputs["attentions"] = ()
     if not outputs.get("attentions"):
         return
     text, to_all = zip(*outputs["attentions"], strict=True)

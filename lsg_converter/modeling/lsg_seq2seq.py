@@ -109,6 +109,14 @@ class LSGSeq2SeqModel(LSGWrapper):
         return cls.lsg_part_class.counted_positions(config)
 
 
+class LSGSeq2SeqDecoder(LSGWrapper):
+    """Mixed into a decoder alone where an encoder may have other words, which the stock class gives its head."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.vocab_size = config.decoder_vocab_size
+        super().__init__(config, *args, **kwargs)
+
+
 def named_outputs(encoder_outputs: Any) -> Any:
     """What an encoder returned, by its names. A plain tuple has the states of the global tokens as its only tensor but
     the first."""

@@ -4,7 +4,7 @@ from transformers.models.marian import configuration_marian, modeling_marian
 
 from .lsg_classes import define_heads
 from .lsg_config import LSGSeq2SeqConfig
-from .lsg_seq2seq import LSGSeq2SeqEncoder, LSGSeq2SeqModel
+from .lsg_seq2seq import LSGSeq2SeqDecoder, LSGSeq2SeqEncoder, LSGSeq2SeqModel
 
 
 class LSGMarianConfig(LSGSeq2SeqConfig, configuration_marian.MarianConfig):
@@ -21,4 +21,4 @@ class LSGMarianModel(LSGSeq2SeqModel, modeling_marian.MarianModel):
     lsg_part_class = LSGMarianEncoder
 
 
-define_heads(LSGMarianModel)
+define_heads(LSGMarianModel, others={"ForCausalLM": (LSGSeq2SeqDecoder, "Model")})
