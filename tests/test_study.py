@@ -27,6 +27,7 @@ import systems
 import tables
 
 from lsg_converter import families
+from lsg_converter.tune import even
 
 
 pytestmark = pytest.mark.newest
@@ -118,9 +119,9 @@ def test_readers_read_what_they_say(model, sentence):
 
 def test_parts_are_even_and_hold_each_token_once():
     ids = list(range(1022))
-    parts = systems.even(ids, 510)
+    parts = even(ids, 510)
     assert [len(part) for part in parts] == [340, 341, 341] and [*chain(*parts)] == ids
-    assert systems.even(ids[:510], 510) == [ids[:510]] and systems.first(ids, 510) == [ids[:510]]
+    assert even(ids[:510], 510) == [ids[:510]] and systems.first(ids, 510) == [ids[:510]] and even([], 510) == [[]]
 
 
 def test_bm25_scores_words_and_none_where_there_are_none():

@@ -40,6 +40,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 import common
 from common import DataArguments, ModelArguments, OptionError, SettingArguments
 
+from lsg_converter.tune import even
+
 
 SYSTEMS = ("lsg", "truncation", "chunks", "tfidf")
 
@@ -125,9 +127,9 @@ class ChunkTrainer(Trainer):
 
 
 def chunks(ids: list[int], length: int) -> list[list[int]]:
-    """The tokens of a text in chunks of at most `length`, each between the two special tokens."""
+    """The tokens of a text in even chunks of at most `length`, each between the two special tokens."""
     first, *words, last = ids
-    return [[first, *words[start : start + length - 2], last] for start in range(0, max(len(words), 1), length - 2)]
+    return [[first, *part, last] for part in even(words, length - 2)]
 
 
 def linear(data: ClassificationArguments, datasets: dict[str, Any], labels: Labels) -> Iterator[dict[str, Any]]:
