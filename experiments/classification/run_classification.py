@@ -93,9 +93,13 @@ class Labels:
 
     @staticmethod
     def scores(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+        """With the ends of the bootstrap interval of accuracy; a document's labels are right where all of them are."""
         metrics = common.need("sklearn.metrics")
+        right = (predicted == wanted).reshape(len(wanted), -1).all(axis=1)
+        low, high = common.interval(right, common.draws(range(len(right))))
         f1 = {kind: metrics.f1_score(wanted, predicted, average=kind, zero_division=0) for kind in ("micro", "macro")}
-        return {"micro_f1": f1["micro"], "macro_f1": f1["macro"], "accuracy": metrics.accuracy_score(wanted, predicted)}
+        accuracy = {"accuracy": right.mean(), "accuracy_low": low, "accuracy_high": high}
+        return {"micro_f1": f1["micro"], "macro_f1": f1["macro"], **accuracy}
 
 
 class ChunkCollator:
