@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -310,6 +311,29 @@ def encode(datasets: dict[str, Any], function: Callable[..., Any], **more: Any) 
 def joined(text: str | list[str]) -> str:
     """A text, which may come as a list of its paragraphs."""
     return text if isinstance(text, str) else "\n".join(text)
+
+
+# Intervals
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+def draws(documents: Sequence[int]) -> np.ndarray:
+    """Weights of values in each draw, shape (draws, values), given the document of each. Documents are drawn, with
+    replacement, and their values with them: those of one document stand or fall together."""
+    _, cluster = np.unique(documents, return_inverse=True)
+    count = cluster.max() + 1
+    chosen = np.random.default_rng(0).integers(count, size=(DRAWS, count))
+    weights: np.ndarray = np.stack([np.bincount(row, minlength=count) for row in chosen])[:, cluster]
+    return weights
+
+
+def interval(values: Sequence[float] | np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The bootstrap interval of the mean, by percentiles."""
+    means = weights @ np.array(values) / weights.sum(axis=1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 # Training, and what it gives

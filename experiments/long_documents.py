@@ -10,7 +10,6 @@ Python's reference that are longer than 1,024 tokens. Each query is a paragraph 
 
 import argparse
 import sys
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from lsg_converter.cli import main as lsg_convert
+from lsg_converter.tune import even
 
 
 SHORT, LONG = 512, 4096
@@ -39,12 +39,9 @@ def cut(ids: list[int], limit: int) -> list[int]:
 
 
 def chunks(ids: list[int]) -> list[list[int]]:
-    """The text in chunks that the stock model can read, each between the two special tokens; as few as can be, and of
-    one size: in a mean, a short rest would weigh as much as what it is the rest of."""
+    """The text in even chunks that the stock model can read, each between the two special tokens."""
     first, *words, last = ids
-    count = -(-len(words) // (SHORT - 2))
-    edges = [place * len(words) // count for place in range(count + 1)]
-    return [[first, *words[begin:end], last] for begin, end in pairwise(edges)]
+    return [[first, *part, last] for part in even(words, SHORT - 2)]
 
 
 def main() -> int:

@@ -1,10 +1,10 @@
-"""Write long documents of real text, for the fine-tuning scripts: Python's own documentation strings.
+"""Write long documents of real text, for the fine-tuning scripts: what Python's and torch's own files say.
 
-They are read from the standard library's source without running it, so any machine with Python can do this, offline. Of
-each task there are train.jsonl, validation.jsonl and test.jsonl, and no documentation string stands in two of them:
+They are read from the source without running it, so any machine with torch can do this, offline. Of each task there are
+train.jsonl, validation.jsonl and test.jsonl, and no documentation string stands in two of them:
 
-- classification: the strings of up to three packages in one document. `labels` are these packages (multi-label), and
-  `label` is the one with most words. A reader of the document's beginning alone misses some of them.
+- classification: the documentation strings and comments of a file of torch; `label` is the package of torch that the
+  file is in, one of the largest.
 - question_answering: as SQuAD; the context is the first sentences of many strings, each behind its name, and the
   question names one of them. The answer is its sentence, anywhere in the context.
 - summarization: `text` is what a module's classes and functions say of themselves, `summary` what the module says.
@@ -15,19 +15,22 @@ each task there are train.jsonl, validation.jsonl and test.jsonl, and no documen
 
 import argparse
 import ast
+import io
 import json
 import random
 import sys
 import sysconfig
+import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
-LABELS = 8
+LABELS = 4
 QUERIES = 3  # of a document
-SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
+SPLITS = {"train": 0.6, "validation": 0.1, "test": 0.3}
 LEFT_OUT = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
 
 
@@ -67,6 +70,48 @@ def entries(folder: Path) -> Iterator[Entry]:
                 stack += [(f"{name}.{item.name}".lstrip("."), item) for item in reversed(inner)]
 
 
+def prose(source: str) -> list[str]:
+    """The documentation strings and comments of a file of Python, in their order; those of five words or more."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            found += [(node.body[0].lineno, text)] if text else []
+    block: list[str] = []
+    last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):  # and not behind code
+            if token.start[0] != last + 1:
+                found += [(last, "\n".join(block))]
+                block = []
+            block.append(token.string.lstrip("#!: ").rstrip())
+            last = token.start[0]
+    found += [(last, "\n".join(block))]
+    return [text for _, text in sorted(found) if len(text.split()) >= 5]
+
+
+def package(name: str) -> list[Path]:
+    """The folders of a package; none where it is not installed."""
+    spec = find_spec(name)
+    return [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
+
+
+def files(folders: Iterable[Path], seen: set[str]) -> Iterator[tuple[Path, str]]:
+    """The place in its folder of each file of Python, and its prose, without the paragraphs that were seen before."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            place = path.relative_to(folder)
+            if LEFT_OUT & {*place.parts} or "tests" in place.parts:
+                continue
+            try:
+                parts = prose(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
+                continue
+            new = [part for part in dict.fromkeys(parts) if part not in seen]
+            seen.update(new)
+            yield place, "\n\n".join(new)
+
+
 def filled(pool: list[Entry], words: int, draw: random.Random) -> list[Entry]:
     """Entries at random, until they have so many words."""
     chosen: list[Entry] = []
@@ -75,18 +120,14 @@ def filled(pool: list[Entry], words: int, draw: random.Random) -> list[Entry]:
     return chosen
 
 
-def classification(pool: list[Entry], words: int, draw: random.Random, labels: list[str]) -> Iterator[dict[str, Any]]:
-    by_label = {label: [entry for entry in pool if entry.package == label] for label in labels}
-    for _ in range(sum(map(len, by_label.values())) // 5):
-        packages = draw.sample(labels, draw.randint(1, 3))
-        shares = sorted(draw.random() for _ in packages[1:])
-        shares = [end - begin for begin, end in zip([0, *shares], [*shares, 1], strict=True)]
-        runs = [
-            filled(by_label[name], int(share * words) + 40, draw) for name, share in zip(packages, shares, strict=True)
-        ]
-        lengths = Counter({run[0].package: sum(len(entry.text) for entry in run) for run in runs})
-        text = "\n\n".join(entry.text for run in runs for entry in run)
-        yield {"text": text, "labels": sorted(packages), "label": lengths.most_common(1)[0][0]}
+def classification(words: int) -> list[dict[str, str]]:
+    rows = [
+        {"text": text, "label": place.parts[0]}
+        for place, text in files(package("torch"), set())
+        if len(place.parts) > 1 and len(text.split()) >= words // 2
+    ]
+    largest = [name for name, _ in Counter(row["label"] for row in rows).most_common(LABELS)]
+    return [row for row in rows if row["label"] in largest]
 
 
 def question_answering(pool: list[Entry], words: int, draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -131,21 +172,21 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=800, help="about how many words a document has")
     options = parser.parse_args()
     found = list(entries(Path(sysconfig.get_paths()["stdlib"])))
-    # Whole modules go to a split, but for classification, whose packages must be in all of them.
     seen: dict[str, Entry] = {entry.text: entry for entry in found}
     found = list(seen.values())
     draw = random.Random(0)
     modules = sorted({entry.module for entry in found})
     draw.shuffle(modules)
     places = {module: number / len(modules) for number, module in enumerate(modules)}
-    labels = [name for name, _ in Counter(entry.package for entry in found).most_common(LABELS)]
+    of_torch = classification(options.words)
+    draw.shuffle(of_torch)
     begin = 0.0
     for split, share in SPLITS.items():
         own = [entry for entry in found if begin <= places[entry.module] < begin + share]
-        part = [entry for entry in found if begin <= random.Random(entry.text).random() < begin + share]
+        edges = [round(edge * len(of_torch)) for edge in (begin, begin + share)]
         begin += share
-        tasks: dict[str, Iterator[dict[str, Any]]] = {
-            "classification": classification(part, options.words, draw, labels),
+        tasks: dict[str, Iterable[dict[str, Any]]] = {
+            "classification": of_torch[slice(*edges)],
             "question_answering": question_answering(own, options.words, draw),
             "summarization": summarization(own),
             "retrieval": retrieval(own, options.words, draw),

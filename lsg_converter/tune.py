@@ -563,9 +563,10 @@ class Classes(Task):
         return Measured({"KL divergence": kl, "agreement": same}, seconds)
 
 
-def even(items: list[Any], room: int) -> list[list[Any]]:
-    """In as few parts as can be, of at most `room` items each and of one size, to one item."""
-    count = -(-len(items) // room)
+def even(items: Any, room: int) -> list[Any]:
+    """A sequence in as few parts as can be, one at least, of at most `room` items each and of one size, to one item: a
+    short rest would weigh as much in a mean of chunks as what it is the rest of."""
+    count = max(-(-len(items) // room), 1)
     edges = [place * len(items) // count for place in range(count + 1)]
     return [items[begin:end] for begin, end in itertools.pairwise(edges)]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, run_command
+from pyarrow import parquet
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForSequenceClassification
@@ -104,6 +105,30 @@ def test_a_corpus_is_encoded_by_two_processes_as_by_one(folder, tmp_path, capsys
     np.save(one / "00002.npy", np.zeros(3))
     assert encoded(one) == "1 files were written, 2 were there"
     assert np.load(one / "00001.npy").shape == (6, 16) and np.load(one / "00002.npy").shape == (3,)
+
+
+def test_ray_gives_the_vectors_of_one_process(folder, tmp_path, capsys):
+    """Of a worker's process, beside their texts; what cannot be is one line, before a worker begins."""
+    pytest.importorskip("ray.data")
+    import encode_ray
+
+    target = tmp_path / "vectors"
+    script = ["--trust_remote_code", "--texts", folder / "train.jsonl", "--batch_size", "2", "--output", target]
+    script = [*map(str, script), "--model"]
+    for more, message in (
+        (["nowhere"], "--model: 'nowhere': "),
+        ([f"{folder}/lsg-sentences", "--workers", "0"], "--workers: got 0; give 1 or more"),
+    ):
+        assert encode_ray.main([*script, *more]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+    run(EXPERIMENTS / "retrieval" / "encode_ray.py", *script, folder / "lsg-sentences")
+    rows = parquet.read_table(target).to_pandas()
+    assert len(rows) == 16 and {*rows["topic"]} == {"w0", "w1", "w2"}
+    model = SentenceTransformer(str(folder / "lsg-sentences"), trust_remote_code=True, device="cpu")
+    vectors = model.encode(list(rows["text"]), batch_size=2)
+    np.testing.assert_allclose(np.stack(list(rows["vector"])), vectors, atol=1e-5)
+    assert encode_ray.main([*script, f"{folder}/lsg-sentences"]) == 2
+    assert "is there; give another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

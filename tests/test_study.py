@@ -22,11 +22,12 @@ sys.path.extend(map(str, Path(sys.path[-1]).iterdir()))
 import adapt
 import common
 import corpora
+import make_data
 import study
 import systems
-import tables
 
 from lsg_converter import families
+from lsg_converter.tune import even
 
 
 pytestmark = pytest.mark.newest
@@ -118,9 +119,9 @@ def test_readers_read_what_they_say(model, sentence):
 
 def test_parts_are_even_and_hold_each_token_once():
     ids = list(range(1022))
-    parts = systems.even(ids, 510)
+    parts = even(ids, 510)
     assert [len(part) for part in parts] == [340, 341, 341] and [*chain(*parts)] == ids
-    assert systems.even(ids[:510], 510) == [ids[:510]] and systems.first(ids, 510) == [ids[:510]]
+    assert even(ids[:510], 510) == [ids[:510]] and systems.first(ids, 510) == [ids[:510]] and even([], 510) == [[]]
 
 
 def test_bm25_scores_words_and_none_where_there_are_none():
@@ -141,14 +142,14 @@ def test_measures():
 def test_intervals_draw_documents_with_their_queries():
     """Three queries of one document are as one query; of a constant the interval is a point."""
     values = np.random.default_rng(1).random(40).tolist()
-    alone = tables.interval(values, tables.draws([[place] for place in range(40)]))
+    alone = common.interval(values, common.draws(range(40)))
     tripled = [value for value in values for _ in range(3)]
-    together = tables.interval(tripled, tables.draws([[place] for place in range(40) for _ in range(3)]))
+    together = common.interval(tripled, common.draws([place for place in range(40) for _ in range(3)]))
     assert together == pytest.approx(alone)
-    apart = tables.interval(tripled, tables.draws([[place] for place in range(120)]))
+    apart = common.interval(tripled, common.draws(range(120)))
     assert apart[1] - apart[0] < 0.7 * (alone[1] - alone[0])
     assert alone[0] < np.mean(values) < alone[1]
-    assert tables.interval([0.5] * 40, tables.draws([[place] for place in range(40)])) == (0.5, 0.5)
+    assert common.interval([0.5] * 40, common.draws(range(40))) == (0.5, 0.5)
 
 
 # Corpora
@@ -186,7 +187,7 @@ def test_prose_of_a_file():
     source = '"""What this module is for, in words."""\n\n# A comment of two lines\n# that belong together.\n'
     source += "x = 1  # what stands behind code is left out\n"
     source += 'def f():\n    """Gives one to those who ask."""\n'
-    assert corpora.prose(source) == [
+    assert make_data.prose(source) == [
         "What this module is for, in words.", "A comment of two lines\nthat belong together.",
         "Gives one to those who ask.",
     ]  # fmt: skip

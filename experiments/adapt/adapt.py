@@ -31,6 +31,8 @@ from corpora import Corpus
 from study import StudyArguments, measured, readers
 from systems import POSITION_INIT, Model, Reader, Study
 
+from lsg_converter.tune import even
+
 
 SCALE = 20.0  # of similarities, before a softmax; as in MultipleNegativesRankingLoss
 
@@ -121,7 +123,7 @@ def pairs_of(corpus: Corpus, source: Model | None, limit: int, objective: str) -
     rooms = {role: limit - source.extra(role) for role in ("query", "document")}
     asked = [source.words(text)[: rooms["query"]] for text in corpus.queries]
     passages = torch.stack([vector for vector, _ in source.read(asked, "query", 1)])
-    chunks = [systems.even(source.words(text), rooms["document"]) for text in corpus.documents]
+    chunks = [even(source.words(text), rooms["document"]) for text in corpus.documents]
     kept = [torch.stack([vector for vector, _ in source.read(parts, "document", 1)]) for parts in chunks]
     if objective == "mean":
         means = torch.stack([systems.normal(vectors.mean(dim=0)) for vectors in kept])

@@ -40,6 +40,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 import common
 from common import DataArguments, ModelArguments, OptionError, SettingArguments
 
+from lsg_converter.tune import even
+
 
 SYSTEMS = ("lsg", "truncation", "chunks", "tfidf")
 
@@ -91,9 +93,13 @@ class Labels:
 
     @staticmethod
     def scores(predicted: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+        """With the ends of the bootstrap interval of accuracy; a document's labels are right where all of them are."""
         metrics = common.need("sklearn.metrics")
+        right = (predicted == wanted).reshape(len(wanted), -1).all(axis=1)
+        low, high = common.interval(right, common.draws(range(len(right))))
         f1 = {kind: metrics.f1_score(wanted, predicted, average=kind, zero_division=0) for kind in ("micro", "macro")}
-        return {"micro_f1": f1["micro"], "macro_f1": f1["macro"], "accuracy": metrics.accuracy_score(wanted, predicted)}
+        accuracy = {"accuracy": right.mean(), "accuracy_low": low, "accuracy_high": high}
+        return {"micro_f1": f1["micro"], "macro_f1": f1["macro"], **accuracy}
 
 
 class ChunkCollator:
@@ -125,9 +131,9 @@ class ChunkTrainer(Trainer):
 
 
 def chunks(ids: list[int], length: int) -> list[list[int]]:
-    """The tokens of a text in chunks of at most `length`, each between the two special tokens."""
+    """The tokens of a text in even chunks of at most `length`, each between the two special tokens."""
     first, *words, last = ids
-    return [[first, *words[start : start + length - 2], last] for start in range(0, max(len(words), 1), length - 2)]
+    return [[first, *part, last] for part in even(words, length - 2)]
 
 
 def linear(data: ClassificationArguments, datasets: dict[str, Any], labels: Labels) -> Iterator[dict[str, Any]]:

@@ -4,18 +4,14 @@ A passage query is made as follows: 60 tokens from beyond token 600 of a documen
 dropped. Only a reader of the whole document has seen it, and it is in no index word for word.
 """
 
-import ast
-import io
 import json
 import random
 import re
 import sys
 import sysconfig
-import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 import common
-from make_data import LEFT_OUT
+from make_data import files, package
 
 
 BUILT_IN = "built-in"
@@ -42,54 +38,15 @@ class Corpus:
     relevant: list[list[int]]
 
 
-def prose(source: str) -> list[str]:
-    """The documentation strings and comments of a file of Python, in their order; those of five words or more."""
-    found: list[tuple[int, str]] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            found += [(node.body[0].lineno, text)] if text else []
-    block: list[str] = []
-    last = 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):  # and not behind code
-            if token.start[0] != last + 1:
-                found += [(last, "\n".join(block))]
-                block = []
-            block.append(token.string.lstrip("#!: ").rstrip())
-            last = token.start[0]
-    found += [(last, "\n".join(block))]
-    return [text for _, text in sorted(found) if len(text.split()) >= 5]
-
-
 @cache
-def built_in() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What files say of themselves: those of Python's library, of torch and of numpy, and then those of Transformers
+def built_in() -> tuple[list[str], list[str]]:
+    """What files say of themselves: those of Python's library, of numpy and of torch, and then those of Transformers
     and huggingface_hub, for a corpus that the former do not fill. No paragraph stands in two."""
     seen: set[str] = set()
-    packages = [
-        [Path(place) for spec in map(find_spec, names) if spec for place in spec.submodule_search_locations or ()]
-        for names in (("numpy", "torch"), ("transformers", "huggingface_hub"))
-    ]
-    first = [Path(sysconfig.get_paths()["stdlib"]), *packages[0]]
-    return tuple(files(first, seen)), tuple(files(packages[1], seen))
-
-
-def files(folders: Iterable[Path], seen: set[str]) -> list[str]:
-    """The prose of each file of Python in these folders, without the paragraphs that were seen before."""
-    texts: list[str] = []
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            if LEFT_OUT & {*path.relative_to(folder).parts} or "tests" in path.parts:
-                continue
-            try:
-                parts = prose(path.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
-                continue
-            new = [part for part in dict.fromkeys(parts) if part not in seen]
-            seen.update(new)
-            texts.append("\n\n".join(new))
-    return texts
+    first = [Path(sysconfig.get_paths()["stdlib"]), *package("numpy"), *package("torch")]
+    further = [*package("transformers"), *package("huggingface_hub")]
+    texts, more = ([text for _, text in files(folders, seen)] for folders in (first, further))
+    return texts, more
 
 
 class Spans:

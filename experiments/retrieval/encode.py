@@ -28,7 +28,7 @@ import common
 
 
 @dataclass
-class EncodeArguments:
+class CorpusArguments:
     """What is encoded, with what."""
 
     model: str = field(metadata={"help": "A sentence model: a folder, or a name on the Hub."})
@@ -36,8 +36,14 @@ class EncodeArguments:
     output: str = common.flag("The folder of vectors.", "out/vectors")
     trust_remote_code: bool = common.flag("Run the LSG code that lies beside the weights.", False)
     text_column_name: str = common.flag("The column of texts.", "text")
-    shard_size: int = common.flag("Texts whose vectors are in one file.", 1024)
     batch_size: int = common.flag("Texts that a process reads at once.", 8)
+
+
+@dataclass
+class EncodeArguments(CorpusArguments):
+    """How the work is shared."""
+
+    shard_size: int = common.flag("Texts whose vectors are in one file.", 1024)
     devices: list[str] = common.flag("A process for each, such as cuda:0 cuda:1, or cpu cpu.", ["cpu"])
 
 
@@ -50,6 +56,20 @@ def read(options: EncodeArguments) -> Iterator[str]:
                     yield json.loads(line)[options.text_column_name]
     except (*common.FAULTS, json.JSONDecodeError) as error:
         raise common.OptionError(f"--texts: {options.texts!r}: {common.first_line(error)}") from error
+
+
+def load(options: CorpusArguments, device: str, *counts: str) -> Any:
+    """The model, once the flags are found right; `counts` are those that must be 1 or more. Raises OptionError."""
+    for name in counts:
+        if getattr(options, name) < 1:
+            raise common.OptionError(f"--{name}: got {getattr(options, name)}; give 1 or more")
+    if not Path(options.texts).exists():
+        raise common.OptionError(f"--texts: there is no file {options.texts!r}")
+    library = common.need("sentence_transformers")
+    try:
+        return library.SentenceTransformer(options.model, device=device, trust_remote_code=options.trust_remote_code)
+    except common.FAULTS as error:
+        raise common.OptionError(f"--model: {options.model!r}: {common.first_line(error)}") from error
 
 
 def claim(options: EncodeArguments, folder: Path) -> None:
@@ -86,20 +106,9 @@ def pool(model: Any, devices: list[str]) -> Iterator[Any]:
 @common.command
 def main(flags: Sequence[str]) -> None:
     (options,) = common.parse_flags([EncodeArguments], flags)
-    library = common.need("sentence_transformers")
-    for name in ("shard_size", "batch_size"):
-        if getattr(options, name) < 1:
-            raise common.OptionError(f"--{name}: got {getattr(options, name)}; give 1 or more")
-    if not Path(options.texts).is_file():
-        raise common.OptionError(f"--texts: there is no file {options.texts!r}")
+    model = load(options, options.devices[0], "batch_size", "shard_size")
     folder = Path(options.output)
     claim(options, folder)
-    try:
-        model = library.SentenceTransformer(
-            options.model, device=options.devices[0], trust_remote_code=options.trust_remote_code
-        )
-    except common.FAULTS as error:
-        raise common.OptionError(f"--model: {options.model!r}: {common.first_line(error)}") from error
     texts, made = read(options), 0
     with pool(model, options.devices) as processes:
         for number in count():

@@ -1,7 +1,8 @@
 """Encode a corpus on many machines, with Ray Data (`pip install "ray[data]"`); on one machine it runs as it is.
 
-Ray gives each worker a copy of the model, hands it texts, and writes these with their vectors as Parquet. `encode.py`
-needs no Ray, and goes on where it was stopped; this script begins anew.
+Ray gives each worker a copy of the model, hands it texts, and writes these with their vectors as Parquet. Every machine
+must be able to read the model and the texts, which may be a folder of .jsonl files. `encode.py` needs no Ray, and goes
+on where it was stopped; this script begins anew, and wants a folder that is not there yet.
 
     python experiments/retrieval/encode_ray.py --model lsg-minilm --trust_remote_code --texts texts.jsonl \\
         --workers 2 --output out/vectors
@@ -9,7 +10,7 @@ needs no Ray, and goes on where it was stopped; this script begins anew.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,13 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 import common
+from encode import CorpusArguments, load
 
 
 @dataclass
-class RayArguments:
-    """What is encoded, with what."""
+class RayArguments(CorpusArguments):
+    """How the work is shared."""
 
-    model: str = field(metadata={"help": "A sentence model, which every machine can read: a folder, or a name."})
-    texts: str = field(metadata={"help": "A .jsonl file, or a folder of them, with a text in each line."})
-    output: str = common.flag("The folder of Parquet files; it must not be there yet.", "out/vectors")
-    trust_remote_code: bool = common.flag("Run the LSG code that lies beside the weights.", False)
-    text_column_name: str = common.flag("The column of texts.", "text")
-    batch_size: int = common.flag("Texts that a worker reads at once.", 8)
     workers: int = common.flag("Copies of the model.", 1)
     num_gpus: float = common.flag("GPUs of a worker.", 0.0)
 
@@ -54,6 +50,7 @@ def main(flags: Sequence[str]) -> None:
     data = common.need("ray.data")
     if Path(options.output).exists():
         raise common.OptionError(f"--output: {options.output!r} is there; give another folder")
+    load(options, "cpu", "batch_size", "workers")  # so that a mistake is one line here, and not a worker's traceback
     rows = data.read_json(str(Path(options.texts).absolute()), lines=True)
     if options.text_column_name not in (columns := rows.columns()):
         raise common.OptionError(

@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from steps import growth, synchronize
 
 from lsg_converter import ConversionOptions, convert
 from lsg_converter.report import FILE_NAME
+from lsg_converter.tune import even
 
 
 METRICS = {"nDCG@10": ("ndcg@k", 10), "recall@1": ("recall@k", 1), "MRR@10": ("mrr@k", 10)}
@@ -139,14 +139,6 @@ class Model:
 
 def normal(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
-
-
-def even(tokens: Any, room: int) -> list[Any]:
-    """Ids or states in as few parts as can be, of at most `room` tokens each and of one size, to one token: a short
-    rest would weigh as much in a mean of chunks as what it is the rest of."""
-    count = max(-(-len(tokens) // room), 1)
-    edges = [place * len(tokens) // count for place in range(count + 1)]
-    return [tokens[begin:end] for begin, end in pairwise(edges)]
 
 
 def first(tokens: list[int], room: int) -> list[list[int]]:

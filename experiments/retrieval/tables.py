@@ -5,11 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from common import LEVEL, draws, interval
 from systems import METRICS, Result, Study
 
 
-DRAWS = 2000
-LEVEL = 0.95
 # Of the lines of the picture: colours that differ in lightness, markers and dashes, so that they can be told apart in
 # grey. Systems of LSG are filled.
 STYLES: dict[str, tuple[str, str, tuple[float, ...]]] = {
@@ -25,21 +24,9 @@ STYLES: dict[str, tuple[str, str, tuple[float, ...]]] = {
 }
 
 
-def draws(relevant: list[list[int]]) -> np.ndarray:
-    """Weights of the queries in each draw, shape (draws, queries). Documents are drawn, with replacement, and their
-    queries with them: those of one document stand or fall together."""
-    _, cluster = np.unique([places[0] for places in relevant], return_inverse=True)
-    count = cluster.max() + 1
-    chosen = np.random.default_rng(0).integers(count, size=(DRAWS, count))
-    weights: np.ndarray = np.stack([np.bincount(row, minlength=count) for row in chosen])[:, cluster]
-    return weights
-
-
-def interval(values: list[float], weights: np.ndarray) -> tuple[float, float]:
-    """The bootstrap interval of the mean, by percentiles."""
-    means = weights @ np.array(values) / weights.sum(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def of_queries(study: Study) -> np.ndarray:
+    """Weights of the queries in each draw: those of one document stand or fall together."""
+    return draws([places[0] for places in study.corpus.relevant])
 
 
 def with_interval(values: list[float], weights: np.ndarray, sign: str = "") -> str:
@@ -65,7 +52,7 @@ def report(studies: list[Study], results: list[tuple[bool, Result]], chunk: int,
     for study in studies:
         own = [row for _, row in results if row.length == study.length]
         main = [row for first, row in results if first and row.length == study.length]
-        weights = draws(study.corpus.relevant)
+        weights = of_queries(study)
         compared = [row for row in main if row.system in (f"mean of chunks of {chunk}", f"best chunk of {chunk}")]
         rows = [["system", *METRICS, *(f"nDCG@10, less {row.system}" for row in compared)]]
         for row in main:
@@ -113,7 +100,7 @@ def draw(path: Path, studies: list[Study], results: list[tuple[bool, Result]]) -
     from matplotlib.figure import Figure
 
     lengths = sorted(study.length for study in studies)
-    weights = {study.length: draws(study.corpus.relevant) for study in studies}
+    weights = {study.length: of_queries(study) for study in studies}
     lines: dict[str, dict[int, list[Result]]] = {}
     for first, row in results:
         line = line_of(row) if first else None
