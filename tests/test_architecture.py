@@ -39,7 +39,7 @@ BELOW = {
     "modeling/lsg_cpu": {"lsg_bias", "lsg_layout"},
     "modeling/lsg_bias": set(),
     "modeling/lsg_triton_kernels": set(),
-    "modeling/lsg_triton": {"lsg_layout", "lsg_triton_kernels"},
+    "modeling/lsg_triton": {"lsg_bias", "lsg_layout", "lsg_triton_kernels"},
     "modeling/lsg_attention": {"lsg_bias", "lsg_cpu", "lsg_triton", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_config": {"lsg_attention", "lsg_layout", "lsg_sparsity"},
     "modeling/lsg_packing": {"lsg_cpu"},

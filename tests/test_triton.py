@@ -21,6 +21,7 @@ from strategies import KINDS, lengths, masks
 
 from lsg_converter.modeling import lsg_attention as attention, lsg_triton
 from lsg_converter.modeling.lsg_attention import lsg_attention
+from lsg_converter.modeling.lsg_bias import RelativeEmbeddings
 from lsg_converter.modeling.lsg_layout import LSGLayout, SparseKeys, flat_rows, pad_to_multiple, take_rows
 from lsg_converter.modeling.lsg_sparsity import largest_norm, sparsify
 from lsg_converter.modeling.lsg_triton import (
@@ -172,7 +173,7 @@ def dense(q, k, v, keep, sparse, *, g, block, window, factor, survive=None, drop
 def gradients(output, leaves):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-    return torch.autograd.grad((output * weight).sum(), leaves)
+    return torch.autograd.grad((output * weight).sum(), leaves, retain_graph=True)
 
 
 def counts(keep, g):
@@ -455,15 +456,39 @@ def test_packed_rows_agree_with_rows(causal, wide, monkeypatch):
     close(grads, gradients(whole, wide))
 
 
-def bias_against_eager(t, g, block, kind, reach, *, causal=False, full=None, dtype=torch.float32, tolerance=1e-5):
+def random_bias(reach, added, dtype=torch.float32, width=16):
+    """Tensors, and what makes a bias of them: a table, or embeddings for queries ("c2p"), for keys ("p2c") or both.
+
+    Distances of 16 and more share embeddings, as DeBERTa's do, or, if "far", those from one square to the next.
+    """
+    generator = torch.Generator().manual_seed(reach)
+    if "table" in added:
+        table = torch.randn(2 * reach + 1, HEADS, generator=generator).T  # as of an embedding of numbers
+        return [table.to(DEVICE).requires_grad_()], lambda table: table
+    distance = torch.arange(-reach, reach + 1)
+    far = distance.sign() * distance.abs().sqrt().long() + 16
+    rows = (far if "far" in added else distance.clamp(-16, 15) + 16).to(DEVICE)
+    names = [name if name in added else None for name in ("c2p", "p2c")]
+    tables = torch.randn(2, HEADS, 33, width, generator=generator).to(DEVICE, dtype)
+
+    def bias(*tables):
+        given = iter(tables)
+        return RelativeEmbeddings(*(next(given) if name else None for name in names), rows)
+
+    return [x.clone().requires_grad_() for x, name in zip(tables, names, strict=True) if name], bias
+
+
+def bias_against_eager(
+    t, g, block, kind, reach, added, *, causal=False, full=None, dtype=torch.float32, tolerance=1e-5
+):
     options = {"block_size": block, "sparse_block_size": 32, "num_global_tokens": g, "sparsity_type": kind}
     options |= {"causal": causal, "full_attention_length": full}
     states, keep = inputs(t, g, 16, dtype)
-    table = torch.randn(HEADS, 2 * reach + 1, generator=torch.Generator().manual_seed(reach))
-    leaves = [*states, table.to(DEVICE).requires_grad_()]
+    tables, bias = random_bias(reach, added, dtype)
+    leaves = [*states, *tables]
     wide = [x.detach().double().requires_grad_() for x in leaves]
     output, expected = (
-        lsg_attention(*(x.transpose(1, 2) for x in x[:3]), keep, **options, kernel=kernel, bias=x[3])[0]
+        lsg_attention(*(x.transpose(1, 2) for x in x[:3]), keep, **options, kernel=kernel, bias=bias(*x[3:]))[0]
         for x, kernel in ((leaves, "triton"), (wide, "eager"))
     )
     output, expected = output * counts(keep, g), expected * counts(keep, g)
@@ -473,24 +498,27 @@ def bias_against_eager(t, g, block, kind, reach, *, causal=False, full=None, dty
     close(grads[3:], exact[3:], 10 * tolerance)  # a sum over all texts
 
 
+BOTH, FAR = "c2p p2c", "far c2p p2c"
+
+
 # The reach is below the block, or far beyond, where sparse keys are at many distances.
 @runs
 @tiles
 @pytest.mark.parametrize(
     "case",
     [
-        (129, 2, 32, "stride", 20),
-        (161, 1, 32, "norm", 70),
+        (97, 2, 32, "stride", 20, "table"),
+        (129, 1, 32, "norm", 70, FAR),
         *[
             pytest.param(x, marks=FULL)
             for x in [
-                (97, 0, 32, "pooling", 60),
-                (128, 3, 32, "bos_pooling", 33),
-                (127, 1, 32, "block_stride", 100),
-                (161, 2, 32, "lsh", 90),
-                (193, 1, 64, "stride", 100),
-                (65, 1, 32, "none", 1),
-                (97, 1, 32, "norm", 0),
+                (97, 0, 32, "pooling", 60, FAR),
+                (128, 3, 32, "bos_pooling", 33, "p2c"),
+                (127, 1, 32, "block_stride", 100, "c2p"),
+                (161, 2, 32, "lsh", 90, BOTH),
+                (193, 1, 64, "stride", 100, BOTH),
+                (65, 1, 32, "none", 1, FAR),
+                (97, 1, 32, "norm", 0, "table"),
             ]
         ],
     ],
@@ -504,7 +532,7 @@ def test_a_bias_by_distance_agrees_with_eager(case, wide, monkeypatch):
 @runs
 @FULL
 @tiles
-@pytest.mark.parametrize("case", [(129, 2, 32, "stride", 20), (161, 1, 32, "pooling", 70)], ids=str)
+@pytest.mark.parametrize("case", [(129, 2, 32, "stride", 20, BOTH), (161, 1, 32, "pooling", 70, "table")], ids=str)
 @pytest.mark.parametrize("options", [{"causal": True}, {"full": 128}], ids=str)
 def test_a_bias_by_distance_in_other_forms(case, options, wide, monkeypatch):
     monkeypatch.setattr(lsg_triton, "WIDE_TYPES", wide)
@@ -513,32 +541,33 @@ def test_a_bias_by_distance_in_other_forms(case, options, wide, monkeypatch):
 
 @runs
 @FULL
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_bias_by_distance_in_half_precision(dtype):
-    bias_against_eager(97, 1, 32, "stride", 40, dtype=dtype, tolerance=32 * torch.finfo(dtype).eps)
+@pytest.mark.parametrize(("dtype", "added"), [(torch.bfloat16, FAR), (torch.float16, "table")], ids=str)
+def test_a_bias_by_distance_in_half_precision(dtype, added):
+    bias_against_eager(97, 1, 32, "stride", 40, added, dtype=dtype, tolerance=32 * torch.finfo(dtype).eps)
 
 
 @runs
 @FULL
-def test_a_bias_by_distance_of_packed_rows():
+@pytest.mark.parametrize(("added", "kind"), [(BOTH, "pooling"), (FAR, "block_stride")])
+def test_a_bias_by_distance_of_packed_rows(added, kind):
     """As of each row alone."""
     g, block, reach, lengths = 2, 32, 50, (101, 40)
     numbers = layout(block, 32, 2, g)
     states = torch.randn(3, 1, HEADS, sum(lengths) + 2 * g, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    table = torch.randn(HEADS, 2 * reach + 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    leaves = [*states.unbind(), table]
-    leaves = [x.clone().requires_grad_() for x in leaves]
+    tables, bias = random_bias(reach, added)
+    leaves = [*(x.clone().requires_grad_() for x in states), *tables]
     keep = torch.ones(1, states.shape[3], dtype=torch.bool, device=DEVICE)
     starts, parts, expected = [0, lengths[0] + g, states.shape[3]], [], []
     for start, stop in itertools.pairwise(starts):
         row = [x[:, :, start:stop] for x in leaves[:3]]
-        options = {"sparsity_type": "stride", "in_place": True, "with_place": True}
+        options = {"sparsity_type": kind, "in_place": True, "with_place": True}
         sparse = sparsify(*row, keep[:, None, start:stop], numbers, **options)
-        expected.append(fused_attention(*row, None, sparse, numbers, bias=leaves[3]))
-        parts.append(sparse._replace(token_index=sparse.token_index + start, place=sparse.place + start))
+        expected.append(fused_attention(*row, None, sparse, numbers, bias=bias(*tables)))
+        index = None if sparse.token_index is None else sparse.token_index + start
+        parts.append(sparse._replace(token_index=index, place=sparse.place + start))
     joined = [torch.cat(x, dim=2) if x[0] is not None else None for x in zip(*parts, strict=True)]
     ends = torch.tensor(starts, device=DEVICE, dtype=torch.int32)
-    options = {"cu_seqlens": ends, "max_seqlen": 110, "bias": leaves[3]}
+    options = {"cu_seqlens": ends, "max_seqlen": 110, "bias": bias(*tables)}
     output, whole = fused_attention(*leaves[:3], keep, SparseKeys(*joined), numbers, **options), torch.cat(expected, 2)
     close([output], [whole], 1e-6)
     close(gradients(output, leaves), gradients(whole, leaves))
@@ -546,25 +575,57 @@ def test_a_bias_by_distance_of_packed_rows():
 
 @runs
 @FULL
-def test_a_bias_by_distance_with_dropout_follows_from_differences():
-    """The gradient of the table is the slope of the loss, under one seed."""
+@pytest.mark.parametrize("added", ["table", "c2p", "p2c"])
+def test_a_bias_by_distance_with_dropout_follows_from_differences(added):
+    """Its gradient, and those of queries and keys, are the slope of the loss, under one seed."""
     states, keep = inputs(100, 1, 16, batch=1)
     tokens = [x.detach().transpose(1, 2) for x in states]
     numbers, seed = layout(32, 32, 2, 1), torch.tensor([3], device=DEVICE)
     sparse = sparsify(*tokens, keep[:, None], numbers, sparsity_type="stride", with_place=True)
-    table, step = torch.randn(2, HEADS, 81, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    (table,), bias = random_bias(40, added)
+    leaves = [*tokens[:2], table.detach()]
+    generator = torch.Generator().manual_seed(1)
+    steps = [0.01 * torch.randn(x.shape, generator=generator).to(DEVICE) for x in leaves]
 
-    def loss(table):
-        output = fused_attention(*tokens, keep, sparse, numbers, 0.3, table, seed=seed)
+    def loss(query, key, table):
+        output = fused_attention(query, key, tokens[2], keep, sparse, numbers, 0.3, bias(table), seed=seed)
         return (output * counts(keep, 1)).square().sum(dtype=torch.float64)
 
-    table.requires_grad_()
-    grad, again = (torch.autograd.grad(loss(table), table)[0] for _ in range(2))
-    assert torch.equal(grad, again)
-    slope = (grad * step).sum()
+    with torch.enable_grad():
+        leaves = [x.requires_grad_() for x in leaves]
+        grads, again = (torch.autograd.grad(loss(*leaves), leaves) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(grads, again, strict=True))
+    slope = sum((grad.double() * step).sum() for grad, step in zip(grads, steps, strict=True))
     with torch.no_grad():
-        difference = (loss(table + 0.01 * step) - loss(table - 0.01 * step)) / 0.02
-    torch.testing.assert_close(slope.double(), difference, rtol=1e-2, atol=1e-3)
+        ahead, behind = (loss(*(x + way * step for x, step in zip(leaves, steps, strict=True))) for way in (1, -1))
+    torch.testing.assert_close(slope, (ahead - behind) / 2, rtol=1e-2, atol=1e-3)
+
+
+@runs
+@FULL
+@pytest.mark.parametrize("version", ["", "V2"])
+def test_deberta_agrees_with_eager(version):
+    """And so does what its embeddings of distances learn."""
+    from lsg_converter.modeling import modeling_lsg_deberta, modeling_lsg_deberta_v2
+
+    module = modeling_lsg_deberta_v2 if version else modeling_lsg_deberta
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    sizes |= {"vocab_size": 30, "max_position_embeddings": 130, "block_size": 32, "sparse_block_size": 32}
+    kind = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "sparsity_type": "pooling"}
+    kind |= {"max_relative_positions": 40, **({"position_buckets": 8, "share_att_key": True} if version else {})}
+    config = getattr(module, f"LSGDeberta{version}Config")(**sizes, **kind)
+    torch.manual_seed(0)
+    model = getattr(module, f"LSGDeberta{version}Model")(config).eval().to(DEVICE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens, results = torch.randint(1, 30, (1, 130), device=DEVICE), []
+    for kernel in ("triton", "portable"):
+        model.config.attention_kernel = kernel
+        output = model(tokens).last_hidden_state
+        learned = [parameter for name, parameter in model.named_parameters() if "rel_embeddings" in name]
+        results.append([output, *gradients(output, learned)])
+        assert len(learned) == 1 and learned[0].any()
+    close(*results, atol=1e-3)
 
 
 @runs
@@ -602,15 +663,16 @@ def test_compiles_into_one_graph():
     sparse, sparse_keep = sparse_inputs(70, 32, 2, 16, batch=1)
 
     place = torch.arange(len(sparse_keep[0, 0]), device=DEVICE).expand(1, 1, -1) * 2 + 1
-    table = torch.randn(HEADS, 41, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    tables, bias = random_bias(20, BOTH)
 
-    def attend(query, key, value, sparse_key, sparse_value, bias, dropout):
+    def attend(query, key, value, sparse_key, sparse_value, *others):
+        *tables, dropout = others
         tokens = (x.transpose(1, 2) for x in (query, key, value))
         sparse = SparseKeys(sparse_keep, sparse_key, sparse_value, place=place)
-        return fused_attention(*tokens, keep, sparse, layout(32, 32, 2, 1), dropout, bias)
+        return fused_attention(*tokens, keep, sparse, layout(32, 32, 2, 1), dropout, bias(*tables))
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    leaves = [*states, *sparse, table]
+    leaves = [*states, *sparse, *tables]
     expected, actual = (call(*leaves, 0.0) for call in (attend, compiled))
     assert torch.equal(actual, expected) and actual.stride() == expected.stride()
     assert all(torch.equal(*pair) for pair in zip(*(gradients(x, leaves) for x in (actual, expected)), strict=True))
@@ -667,7 +729,8 @@ def test_it_is_the_choice_where_a_trial_agrees(causal, monkeypatch):
     assert torch.equal((torch.cuda if NATIVE else torch).get_rng_state(), state)
     with mock.patch.object(attention, "fused_attention", side_effect=RuntimeError("out of room")):
         assert choose() == "portable"
-    assert choose(bias=torch.zeros(2, 41, device=DEVICE)) == "triton"
+    tables, bias = random_bias(20, "table" if causal else BOTH)
+    assert choose(bias=bias(*tables)) == "triton"
     with mock.patch.object(attention, "fused_attention", lambda query, *others: query):
         assert choose() == "portable"
 
@@ -708,8 +771,8 @@ class Target:
         return True
 
 
-def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False, reach=None):
-    """All kernels, compiled for sm_90 by the calls that would launch them."""
+def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, added=None, causal=False):
+    """All kernels, compiled for sm_90 by the calls that would launch them; `added` is "table" or "embeddings"."""
     from triton.runtime.jit import JITFunction
 
     kernels = []
@@ -725,9 +788,15 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False,
     index = torch.zeros(1, 512, 12, dtype=torch.int64).transpose(1, 2)
     parts, index = ((None, None), index) if chosen else ([x[:, :, :512] for x in tokens[:2]], None)
     arguments = (*tokens, keep, *parts, keep[:, None, :512], torch.ones(1, dtype=torch.int64), None, None, index)
-    bias = None if reach is None else torch.zeros(12, 2 * reach + 1)
-    place = None if bias is None else torch.zeros(1, 12 if chosen else 1, 512, dtype=torch.int64)
-    arguments = (*arguments, bias, place, [1025, 1, block, block, 2, 0, causal], dropout)
+    sizes = [1025, 1, block, block, 2, 0, causal]
+    distances = 2 * LSGLayout(*sizes[1:]).reach
+    tables = {
+        None: (None, None),
+        "table": (None, torch.zeros(12, distances)),
+        "embeddings": torch.zeros(2, 12, distances, width, dtype=dtype).unbind(),
+    }[added]
+    place = None if added is None else torch.zeros(1, 12 if chosen else 1, 512, dtype=torch.int64)
+    arguments = (*arguments, *tables, place, sizes, dropout)
     target = mock.patch.object(triton.runtime.driver, "_active", Target())
     with target, mock.patch.object(JITFunction, "run", compile_only):
         outputs = lsg_triton._attention(*arguments)
@@ -747,14 +816,14 @@ def compile_all(dtype, width, dropout=0.1, block=128, chosen=True, causal=False,
         (torch.float16, 128),
         (torch.bfloat16, 64, 0.1, 32),
         (torch.bfloat16, 64, 0.1, 128, False),
-        (torch.bfloat16, 64, 0.1, 128, True, 128),
+        (torch.bfloat16, 128, 0.1, 128, True, "table"),
+        (torch.bfloat16, 64, 0.1, 128, False, "embeddings"),
     ],
     ids=str,
 )
 def test_compiled_for_sm_90_without_spills(case, causal, tmp_path):
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    *case, reach = case if len(case) == 6 else (*case, None)
-    kernels = compile_all(*case, causal=causal, reach=reach)
+    kernels = compile_all(*case, causal=causal)
     assert len({name for name, _ in kernels}) == (8 if causal else 10)
     for number, (name, compiled) in enumerate(kernels):
         code = compiled.asm["ptx"]

@@ -141,7 +141,7 @@ def lsg_attention(
         packed = sparsify_packed(tokens, seqlens or [length], layout, shorten)
         return cpu_attention(query, key, value, attention_mask, packed, seqlens, layout, dropout, bias), None
     sparse = shorten(*tokens)
-    if kernel == "triton" and not isinstance(bias, RelativeEmbeddings):  # which it is not chosen for
+    if kernel == "triton":
         return fused_attention(query, key, value, attention_mask, sparse, layout, dropout, bias), None
     return blockwise_attention(query, key, value, attention_mask, sparse, layout, dropout, attend, bias)
 
@@ -192,16 +192,19 @@ def choose_kernel(
         kernel = "portable"
         if cpu_kernel_serves(query):
             kernel = "cpu"
-        elif not isinstance(bias, RelativeEmbeddings) and triton_serves(query, layout) is None and not is_exporting():
+        elif triton_serves(query, layout) is None and not is_exporting():
             training = query.requires_grad and torch.is_grad_enabled()
-            reach = None if bias is None else bias.shape[1] // 2
-            fault = triton_fault(query.device, query.dtype, query.shape[-1], layout, training, dropout > 0, reach)
+            added = None
+            if bias is not None:
+                keys, queries, _ = bias if isinstance(bias, RelativeEmbeddings) else (None, None, None)
+                added = keys is not None, queries is not None
+            arguments = query.device, query.dtype, query.shape[-1], layout, training, dropout > 0, added
+            fault = triton_fault(*arguments)
             kernel = "triton" if fault is None else "portable"
     elif kernel == "cpu" and not cpu_kernel_serves(query):
         reason = f"it runs on a CPU, and not in an exported model; got {query.device.type}"
     elif kernel == "triton":
-        embedded = isinstance(bias, RelativeEmbeddings)
-        reason = "it takes no products with embeddings of distances" if embedded else triton_serves(query, layout)
+        reason = triton_serves(query, layout)
     if reason is not None:
         raise ValueError(f"kernel: got {kernel!r}, and {reason}; leave the choice open (attention_kernel=None)")
     if not torch.compiler.is_compiling():
@@ -223,10 +226,11 @@ def try_triton(
     layout: LSGLayout,
     training: bool,
     dropping: bool,
-    reach: int | None = None,
+    added: tuple[bool, bool] | None = None,
 ) -> str | None:
     """Try the kernel "triton" on a short text, against "portable": what is wrong with it here, or None. Triton needs a
-    compiler and a driver that suit it, and a GPU with room for its tiles. `reach` is that of the bias, if there is one.
+    compiler and a driver that suit it, and a GPU with room for its tiles. `added` says of a bias whether it has
+    embeddings for queries, and for keys; a table has neither.
     """
     g, block, chunk = layout.num_global_tokens, layout.block_size, layout.chunk_size
     even = chunk and chunk % layout.sparsity_factor == 0 and block % chunk == 0
@@ -247,13 +251,17 @@ def try_triton(
             seqused = torch.tensor([[shape[3] - block // 2], [g + full]], device=device)
             mask = torch.arange(shape[3], device=device) < seqused
 
-            tables = []
-            if reach is not None:
-                tables = [torch.randn((2, 2 * reach + 1), generator=generator, device=device)]
+            rows, tables = torch.arange(2 * layout.reach + 1, device=device), []
+            if added is not None:
+                sizes = (2, len(rows), head_dim) if any(added) else (2, len(rows))
+                tables = list(torch.randn((sum(added) or 1, *sizes), generator=generator, device=device).to(dtype))
 
             def run(kernel: str, dropout: float = 0.0) -> list[torch.Tensor]:
                 leaves = [x.clone().requires_grad_(training) for x in (*tokens, *tables)]
-                states, bias = leaves[:3], leaves[3] if tables else None
+                states, given, bias = leaves[:3], iter(leaves[3:]), None
+                if added is not None:
+                    keys, queries = (next(given) if has else None for has in added)
+                    bias = RelativeEmbeddings(keys, queries, rows) if any(added) else next(given)
                 output, _ = lsg_attention(
                     states[0], states[1], states[2], mask, **options, dropout=dropout, kernel=kernel, bias=bias
                 )

@@ -30,6 +30,11 @@ class RelativeEmbeddings(NamedTuple):
     queries: torch.Tensor | None
     rows: torch.Tensor
 
+    def rows_at(self, distance: torch.Tensor) -> torch.Tensor:
+        """Which embedding stands for a distance of a key from a query, int64, of any shape."""
+        reach = len(self.rows) // 2
+        return self.rows[distance.clamp(-reach, reach) + reach]
+
 
 Bias = torch.Tensor | RelativeEmbeddings
 
@@ -62,8 +67,7 @@ def added_scores(
     """
     if not isinstance(bias, RelativeEmbeddings):
         return distance_bias(bias, distance)
-    reach = len(bias.rows) // 2
-    row = bias.rows[distance.clamp(-reach, reach) + reach]
+    row = bias.rows_at(distance)
     terms = []
     if of_query is not None:
         terms.append(of_query.gather(-1, row.expand(*of_query.shape[:4], -1)))
@@ -78,6 +82,17 @@ def distance_bias(bias: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
     heads, reach = bias.shape[0], bias.shape[1] // 2
     head = torch.arange(heads, device=bias.device)[:, None, None, None]
     return bias[head, distance.clamp(-reach, reach) + reach]
+
+
+def in_line(bias: Bias, reach: int) -> Products:
+    """In the order of distances, from `-reach` to `reach - 1`: what queries and what keys are multiplied with, of shape
+    (heads, 2 reach, head_dim) each, or None; of a table, what is added for any key, (heads, 2 reach)."""
+    if isinstance(bias, RelativeEmbeddings):
+        rows = bias.rows_at(torch.arange(-reach, reach, device=bias.rows.device))
+        keys, queries = (None if table is None else table[:, rows] for table in bias[:2])
+        return keys, queries
+    own = bias.shape[1] // 2
+    return None, bias[:, torch.arange(-reach, reach, device=bias.device).clamp(-own, own) + own]
 
 
 def full_scores(bias: Bias, query: torch.Tensor, key: torch.Tensor, num_global_tokens: int) -> torch.Tensor:

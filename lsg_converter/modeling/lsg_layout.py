@@ -121,6 +121,13 @@ class LSGLayout(NamedTuple):
         """Whether a row may need full attention beside longer ones. (In one of two blocks the windows show all.)"""
         return self.full_attention_length > 2 * self.block_size
 
+    @property
+    def reach(self) -> int:
+        """More than any token of text, or sparse key, is away from a query that sees it: a multiple of the block."""
+        sparse_blocks = -(-self.sparse_block_size // self.sparse_step)
+        full_blocks = -(-self.full_attention_length // self.block_size)
+        return max(2 + sparse_blocks, full_blocks) * self.block_size
+
     def num_blocks(self, text_length: int) -> int:
         """Blocks of a text, the last of which may be padded."""
         return -(-text_length // self.block_size)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .lsg_bias import Bias, in_line
 from .lsg_layout import LSGLayout, SparseKeys, flat_rows, operator_namespace, take_rows
 from .lsg_triton_kernels import (
     Inputs,
@@ -99,7 +100,7 @@ def fused_attention(
     sparse: SparseKeys | None,
     layout: LSGLayout,
     dropout: float = 0.0,
-    bias: torch.Tensor | None = None,
+    bias: Bias | None = None,
     *,
     seed: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -115,10 +116,10 @@ def fused_attention(
         attention_mask: boolean, shape (batch, g + t), True where a token may be attended to; None where all may.
         sparse: the `layout.num_sparse_keys(t)` sparse keys, or None.
         dropout: the probability with which a probability is dropped.
-        bias: added by distance, shape (heads, 2 * reach + 1); then `sparse` says the places of its keys, each of which
-            lies in the block of text that the key is made of. The backward pass takes, for a while, room for
-            `2 * reach + 1` numbers in float32 for each token and head; where the reach is more than `block_size + 1`,
-            for each sparse key too.
+        bias: added by distance; then `sparse` says the places of its keys, each of which lies in the block of text that
+            the key is made of. Each pass takes, for a while, room for `2 * layout.reach` numbers for each token and
+            head that is multiplied with embeddings, and for each sparse key that is no token; the backward pass for as
+            many in float32, and for those of a table too.
         seed: int64, shape (1,), on the device, from which the dropout follows; drawn where it is None.
         cu_seqlens: int32, shape (rows + 1,), on the device, for packed rows: `batch` is 1, and row `r`, its globals
             followed by its text, is the tokens `[cu_seqlens[r], cu_seqlens[r + 1])`.
@@ -148,7 +149,9 @@ def fused_attention(
         raise ValueError("sparse: got no places of its keys, which a bias by distance needs; see `SparseKeys.place`")
     sparse_mask, sparse_key, sparse_value, index, place = sparse or (None, None, None, None, None)
     tensors = (query, key, value, attention_mask, sparse_key, sparse_value, sparse_mask)
-    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, index, bias, None if bias is None else place)
+    by_query, by_key = (None, None) if bias is None else in_line(bias, layout.reach)
+    places = None if bias is None else place
+    others = (seed if dropout > 0.0 else None, cu_seqlens, cu_sparse, index, by_query, by_key, places)
     sizes = [query.shape[2] if max_seqlen is None else max_seqlen, *layout]
     return _attention_operator(*tensors, *others, sizes, dropout)[0]
 
@@ -235,6 +238,44 @@ def _new_scans(*arguments: Any) -> _Scans:
     )
 
 
+class _Lines(NamedTuple):
+    """What is added by distance for each query, or for each key: products of states, (batch, heads, tokens, head_dim),
+    with embeddings of distances, a table of shape (heads, distances, head_dim); or the same for all, a table of shape
+    (heads, distances). Without a table nothing is, and the states have the address of what is not read.
+    """
+
+    states: torch.Tensor
+    table: torch.Tensor | None
+
+    def added(self) -> torch.Tensor:
+        """To scores that are not scaled: (batch, heads, tokens, distances)."""
+        if self.table is None:
+            return self.states
+        if self.table.dim() == 3:
+            return self.states @ self.table.transpose(1, 2).to(self.states.dtype)
+        table = self.table.float().contiguous() * self.states.shape[3] ** 0.5
+        return table[None, :, None].expand(*self.states.shape[:3], -1)
+
+    def new_grads(self) -> torch.Tensor:
+        """Zeros, for the gradients that follow for scaled scores, of that shape."""
+        if self.table is None:
+            return self.states
+        return self.states.new_zeros((*self.states.shape[:3], self.table.shape[1]), dtype=torch.float32)
+
+    def add_grads(
+        self, grads: torch.Tensor, scale: float, of_states: torch.Tensor, of_table: torch.Tensor | None
+    ) -> None:
+        """Add what follows of these, times `scale`, to the gradients of states and, in float32, of the table."""
+        if self.table is None or of_table is None:
+            return
+        if self.table.dim() == 2:
+            of_table += grads.sum((0, 2)) * scale
+            return
+        grads = (grads * (scale * self.states.shape[3] ** -0.5)).to(self.states.dtype)
+        of_states += grads @ self.table.to(grads.dtype)
+        of_table += (grads.transpose(2, 3) @ self.states).sum(0, dtype=torch.float32)
+
+
 class _Call:
     """The kernels of one call of `_attention`, whose arguments these are, with what they share."""
 
@@ -252,20 +293,26 @@ class _Call:
         cu_seqlens: torch.Tensor | None,
         cu_sparse: torch.Tensor | None,
         index: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        by_query: torch.Tensor | None,
+        by_key: torch.Tensor | None,
         sparse_place: torch.Tensor | None,
         sizes: list[Any],
         dropout: float,
     ) -> None:
         max_seqlen, layout = sizes[0], LSGLayout(*sizes[1:])
         self.packed, self.scans, self.g = cu_seqlens is not None, scans, layout.num_global_tokens
+        self.adds = by_query is not None or by_key is not None  # something by distance
         self.heads, self.head_dim = query.shape[1], query.shape[3]
         self.num_rows = query.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         self.wide, self.large = query.dtype in WIDE_TYPES, self.head_dim > 64
         sparse_length = 0 if sparse_mask is None else sparse_mask.shape[2]
 
         any_keys = Keys(*[self.strided(_token_major(query))] * len(Keys._fields))
-        sparse = any_keys
+        # Of sparse keys that are tokens, those of the tokens.
+        of_sparse = _Lines(query, None) if sparse_key is None else _Lines(sparse_key, by_key)
+        self.lines = _Lines(query, by_query), _Lines(key, by_key), of_sparse
+        query_lines, key_lines, sparse_lines = (self.strided(lines.added()) for lines in self.lines)
+        sparse = any_keys._replace(lines=sparse_lines)
         if sparse_place is not None:
             sparse = sparse._replace(place=self.strided(sparse_place))
         if index is not None:
@@ -277,7 +324,7 @@ class _Call:
             sparse = sparse._replace(key=parts[0], value=parts[1], mask=self.strided_mask(sparse_mask))
             sparse = sparse._replace(full_tiles=self.strided_tiles(scans.sparse_full_tiles))
         parts = [self.strided(_token_major(tensor)) for tensor in (key, value)]
-        tokens = sparse._replace(key=parts[0], value=parts[1])
+        tokens = sparse._replace(key=parts[0], value=parts[1], lines=key_lines)
         if mask is not None:
             full_tiles = self.strided_tiles(scans.full_tiles)
             tokens = tokens._replace(mask=self.strided_mask(mask[:, None]), full_tiles=full_tiles)
@@ -291,7 +338,7 @@ class _Call:
             cu_sparse=query if cu_sparse is None else cu_sparse,
             seqused=query if mask is None else scans.seqused,
             seed=query if seed is None else seed,
-            bias=query if bias is None else (bias.float() * math.log2(math.e)).contiguous(),
+            query_lines=query_lines,
             threshold=_threshold(dropout),
             keep_scale=1 / (1 - dropout) if dropout < 1.0 else 0.0,
         )
@@ -311,8 +358,9 @@ class _Call:
             sparse=sparse_length > 0,
             indexed=index is not None,
             dropout=dropout > 0.0,
-            biased=bias is not None,
-            reach=0 if bias is None else bias.shape[1] // 2,
+            lines_of_queries=by_query is not None,
+            lines_of_keys=by_key is not None,
+            reach=layout.reach if self.adds else 0,
             packed=self.packed,
             precision=_precision(),
             chunk=GLOBAL_CHUNK,
@@ -370,7 +418,7 @@ class _Call:
         grid = (-(-tokens // own) * chunks, self.heads, self.num_rows)
         plan = self.plan._replace(query_tile=query_tile, key_tile=key_tile)
         if options.get("GLOBAL", True) and options.get("KIND", "global") == "global":
-            plan = plan._replace(biased=False, reach=0)
+            plan = plan._replace(lines_of_queries=False, lines_of_keys=False, reach=0)
         if all(grid):
             kernel[grid](*arguments, PLAN=plan, **options)
 
@@ -396,7 +444,7 @@ class _Call:
         of_text = settings
         if self.plan.block_size % 128 == 0:
             # 128 registers leave room for two programs on a multiprocessor.
-            of_text = settings | {"num_warps": 8, "maxnreg": None if self.large or self.plan.biased else 128}
+            of_text = settings | {"num_warps": 8, "maxnreg": None if self.large or self.adds else 128}
         self.launch(forward, self.text, (128, self.key_tile), self.inputs, output, lse, GLOBAL=False, **of_text)
         if self.plan.causal:
             self.pass_globals(self.inputs.query, output)
@@ -407,52 +455,41 @@ class _Call:
             self.launch(forward, g, *arguments, chunks=self.chunks, GLOBAL=True, **settings)
             self.launch(combine, g, (tile, 16), part, weights, self.inputs, output, lse, WEIGHTED=True)
 
-    def bias_lines(self, of_sparse: bool) -> torch.Tensor:
-        """Room for what each key gives for the bias, of shape (batch, heads, keys, columns)."""
-        # A block of text lies between a sparse key and the blocks that see it.
-        near = self.plan.reach > (self.plan.block_size + 1 if of_sparse else 0)
-        keys = self.inputs.sparse_length if of_sparse else self.inputs.length
-        shape = (self.inputs.query.data.shape[0], self.heads, keys, 2 * self.plan.reach + 1 if near else 2)
-        return torch.zeros(shape, dtype=torch.float32, device=self.inputs.query.data.device)
-
-    def add_bias_lines(self, lines: torch.Tensor, grad_bias: torch.Tensor) -> None:
-        total = lines.sum(dim=(0, 2)) * (self.inputs.keep_scale if self.plan.dropout else 1.0)
-        if total.shape == grad_bias.shape:
-            grad_bias += total
-        else:
-            grad_bias[:, 0] += total[:, 0]
-            grad_bias[:, -1] += total[:, 1]
-
-    def backward(self, states: list[Strided], grads: list[Strided], grad_bias: torch.Tensor | None) -> None:
+    def backward(
+        self, states: list[Strided], grads: list[torch.Tensor], grad_tables: list[torch.Tensor | None]
+    ) -> None:
         """`states` are the output, its gradient, the `lse`, and room for the statistics that keys need of a query. To
-        `grad_bias`, in float32, is added."""
+        `grad_tables`, in float32, is added."""
         grad_output, lse, query_stats = states[1:]
-        grad_query, grad_key, grad_value, *sparse_grads = grads
+        grad_query, grad_key, grad_value, *sparse_grads = map(self.strided, grads)
         inputs, g, tile = self.inputs, *self.global_rows()
+        keep_scale = inputs.keep_scale if self.plan.dropout else 1.0
         settings = {"num_warps": 8 if self.large else 4, "num_stages": 2}
         of_globals = {"chunks": self.chunks, "num_stages": 2}
         # Queries first: they leave the statistics.
         of_queries = (inputs, *states)
         tiles = 64, self.key_tile
-        self.launch(backward_queries, self.text, tiles, *of_queries, grad_query, GLOBAL=False, **settings)
+        query_lines, key_lines, sparse_lines = self.lines
+        lines = query_lines.new_grads()
+        targets = grad_query, self.strided(lines)
+        self.launch(backward_queries, self.text, tiles, *of_queries, *targets, GLOBAL=False, **settings)
         if self.plan.causal:
             self.pass_globals(grad_output, grad_query)
         elif g:
             part = self.part(self.head_dim)
-            self.launch(backward_queries, g, (tile, self.key_tile), *of_queries, part, GLOBAL=True, **of_globals)
+            self.launch(backward_queries, g, (tile, self.key_tile), *of_queries, part, part, GLOBAL=True, **of_globals)
             self.launch(combine, g, (tile, 16), part, part, inputs, grad_query, lse, WEIGHTED=False)
+        query_lines.add_grads(lines, keep_scale, grads[0], grad_tables[0])
+        lines, lines_of_sparse = key_lines.new_grads(), sparse_lines.new_grads()
         query_tile = 32 if self.large else 64
         of_keys = (inputs, grad_output, query_stats)
 
         def launch(tokens: int, tiles: tuple[int, int], *targets: Strided, KIND: str, **options: Any) -> None:
-            if grad_bias is None or KIND == "global":
-                self.launch(backward_keys, tokens, tiles, *of_keys, *targets, targets[0], KIND=KIND, **options)
-            else:
-                lines = self.bias_lines(KIND == "sparse")
+            if self.adds and KIND != "global":
                 options["num_warps"] = 8
                 tiles = min(tiles[0], 32), tiles[1]
-                self.launch(backward_keys, tokens, tiles, *of_keys, *targets, self.strided(lines), KIND=KIND, **options)
-                self.add_bias_lines(lines, grad_bias)
+            own = lines_of_sparse if KIND == "sparse" and not self.plan.indexed else lines
+            self.launch(backward_keys, tokens, tiles, *of_keys, *targets, self.strided(own), KIND=KIND, **options)
 
         launch(self.text, (query_tile, 64), grad_key, grad_value, KIND="text", **settings)
         if g:
@@ -465,16 +502,19 @@ class _Call:
             of_sparse = sparse_grads or (grad_key, grad_value)
             tiles = min(query_tile, self.largest_tile), 64  # Its mask is for queries of one block.
             launch(self.sparse_text, tiles, *of_sparse, KIND="sparse", **settings)
+        key_lines.add_grads(lines, keep_scale, grads[1], grad_tables[1])
+        if sparse_grads:
+            sparse_lines.add_grads(lines_of_sparse, keep_scale, grads[3], grad_tables[1])
 
 
 _NAMESPACE = operator_namespace(__name__)
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? sparse_key, Tensor? sparse_value, "
-    "Tensor? sparse_mask, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, Tensor? bias, "
-    "Tensor? sparse_place, SymInt[] sizes, float dropout"
+    "Tensor? sparse_mask, Tensor? seed, Tensor? cu_seqlens, Tensor? cu_sparse, Tensor? index, "
+    "Tensor? by_query, Tensor? by_key, Tensor? sparse_place, SymInt[] sizes, float dropout"
 )
-_CU_SEQLENS, _BIAS, _SIZES = 8, 11, 13  # among them
-_DIFFERENTIABLE = (0, 1, 2, 4, 5, _BIAS)
+_CU_SEQLENS, _SIZES = 8, 14  # among them
+_STATES, _TABLES = (0, 1, 2, 4, 5), (11, 12)  # which have gradients
 _SAVED = "Tensor output, Tensor lse, Tensor seqused, Tensor full_tiles, Tensor sparse_full_tiles"
 
 
@@ -485,10 +525,10 @@ def _new_outputs(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _new_grads(grad_output: torch.Tensor, *saved_and_arguments: Any) -> list[torch.Tensor]:
-    """For queries, keys, values, and, if there are any, sparse keys and values, and the bias."""
+    """For queries, keys, values, and, if there are any, sparse keys and values, and what is added by distance."""
     arguments = saved_and_arguments[2 + len(_Scans._fields) :]
-    grads = [_new_token_major(arguments[i], arguments) for i in _DIFFERENTIABLE[:-1] if arguments[i] is not None]
-    return grads if arguments[_BIAS] is None else [*grads, torch.empty_like(arguments[_BIAS])]
+    grads = [_new_token_major(arguments[i], arguments) for i in _STATES if arguments[i] is not None]
+    return grads + [torch.empty_like(arguments[i]) for i in _TABLES if arguments[i] is not None]
 
 
 def _new_token_major(like: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
@@ -502,7 +542,7 @@ def _attention(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """The output, and what the backward pass needs beside it; `sizes` are max_seqlen and the layout's."""
     outputs = _new_outputs(*arguments)
     output, lse, *scans = outputs
-    with torch.cuda.device_of(output):
+    with torch.cuda.device_of(output), torch.autocast(output.device.type, enabled=False):
         call = _Call(_Scans(*scans), *arguments)
         call.scan()
         call.forward(call.strided(output), call.strided(lse))
@@ -521,15 +561,15 @@ def _attention_backward(
     scans = _Scans(seqused, full_tiles, sparse_full_tiles)
     grads = _new_grads(grad_output, output, lse, *scans, *arguments)
     states = (output, _token_major(grad_output), lse, lse.new_empty((*lse.shape, 4)))
-    of_states, bias = grads, arguments[_BIAS]
-    grad_bias = None
-    if bias is not None:
-        of_states, grad_bias = grads[:-1], torch.zeros_like(bias, dtype=torch.float32)
-    with torch.cuda.device_of(output):
+    grad_tables = [
+        None if arguments[i] is None else torch.zeros_like(arguments[i], dtype=torch.float32) for i in _TABLES
+    ]
+    of_states = grads[: len(grads) - sum(x is not None for x in grad_tables)]
+    with torch.cuda.device_of(output), torch.autocast(output.device.type, enabled=False):
         call = _Call(scans, *arguments)
-        call.backward([call.strided(x) for x in states], [call.strided(x) for x in of_states], grad_bias)
-    if grad_bias is not None:
-        grads[-1].copy_(grad_bias)
+        call.backward([call.strided(x) for x in states], of_states, grad_tables)
+    for grad, table in zip(grads[len(of_states) :], [x for x in grad_tables if x is not None], strict=True):
+        grad.copy_(table)
     return grads
 
 
@@ -543,7 +583,7 @@ def _differentiate(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[torch.
     saved = ctx.saved_tensors
     grads = iter(_attention_backward_operator(grad_output, *saved, ctx.sizes, ctx.dropout))
     arguments = saved[2 + len(_Scans._fields) :]
-    given = {i: next(grads) for i in _DIFFERENTIABLE if arguments[i] is not None}
+    given = {i: next(grads) for i in (*_STATES, *_TABLES) if arguments[i] is not None}
     return tuple(given.get(i) for i in range(_SIZES + 2))
 
 

@@ -13,8 +13,10 @@ along the diagonal. There a global query sees nothing, and no kernel runs for it
 What counts in a loop is how many instructions it has: with all of softmax and dropout they take longer than the
 products. Masks are looked at in tiles that they cut alone, and what is the same in every turn is brought before it.
 
-A bias by distance is looked up for each score, but in tiles that are at least the table's reach apart, where it is one
-number. Its gradient is gathered by keys: a key meets each distance once, and has a line of its own for what it gave.
+What is added by distance is read from lines, each in the order of distances, as far as windows reach: every query has
+one, or every key, or both; where it is a table all keys have the same. Gradients are written to lines of this form, one
+of each query or key, which meets a distance once: a key that is a sparse one too has one line for both. But several
+merged keys may stand at one place: there the line of a query is added to in any order.
 
 Softmax is computed with powers of two. The `lse` of a query is the logarithm, to base two, of the sum of its
 exponentials; it is infinite where a query has no key, which gives it probabilities of zero.
@@ -57,8 +59,9 @@ class Strided(NamedTuple):
 class Keys(NamedTuple):
     """Keys, values, their mask, and which of its tiles are full (no key in them is masked): of text, or of sparse keys.
 
-    Where sparse keys are tokens, `token_index` says which, counted through all rows. Where there is a bias, `place`
-    says likewise where they stand, each in the block of text that it is made of.
+    Where sparse keys are tokens, `token_index` says which, counted through all rows. Where something is added by
+    distance, `place` says likewise where they stand, each in the block of text that it is made of. `lines` are what
+    is added for a key, as `query_lines` of `Inputs` for a query.
     """
 
     key: Strided
@@ -67,6 +70,7 @@ class Keys(NamedTuple):
     full_tiles: Strided
     token_index: Strided
     place: Strided
+    lines: Strided
 
 
 class Inputs(NamedTuple):
@@ -74,7 +78,8 @@ class Inputs(NamedTuple):
 
     Rows lie where their number says, or, where they are packed, where the running sums of their lengths say. Of a row
     with a mask `seqused` tokens take part, those up to the last of text that is not masked. Dropout keeps a probability
-    where its 31 highest random bits reach `threshold`. `bias`, (heads, 2 * reach + 1), is for scores to base two.
+    where its 31 highest random bits reach `threshold`. `query_lines`, (batch, heads, tokens, 2 * reach), are added to
+    scores that are not scaled, from the distance `-reach` to `reach - 1`.
     """
 
     query: Strided
@@ -86,7 +91,7 @@ class Inputs(NamedTuple):
     cu_sparse: Any
     seqused: Any
     seed: Any
-    bias: Any
+    query_lines: Strided
     threshold: int
     keep_scale: float
 
@@ -109,8 +114,9 @@ class Plan(NamedTuple):
     sparse: bool = False
     indexed: bool = False
     dropout: bool = False
-    biased: bool = False
-    reach: int = 0  # of the bias
+    lines_of_queries: bool = False
+    lines_of_keys: bool = False
+    reach: int = 0  # of these
     packed: bool = False
     precision: str = "ieee"
     chunk: int = 0
@@ -323,44 +329,22 @@ def _load_mask(
 
 
 @triton.jit
-def _one_column(
-    query_start: tl.tensor, start: tl.tensor, of_sparse: tl.tensor, on_left: tl.tensor, PLAN: tl.constexpr
-) -> tl.tensor:
-    """Whether a tile of queries is so far from a tile of keys that one column of the bias serves, and then whether it
-    is the last one. Sparse keys are `on_left` of their queries, or on the right."""
-    B: tl.constexpr = PLAN.block_size
-    R: tl.constexpr = PLAN.reach
-    low, high = start, start + PLAN.key_tile - 1
-    if PLAN.sparse and R > B + 1:
-        # Where they stand at most: it spares the places of most of them.
-        step: tl.constexpr = B // PLAN.sparsity_factor
-        low = tl.where(of_sparse, PLAN.num_global_tokens + low // step * B, low)
-        high = tl.where(of_sparse, PLAN.num_global_tokens + (high // step + 1) * B - 1, high)
-    last = query_start - high >= R
-    one = last | (query_start + PLAN.query_tile - 1 - low <= -R)
-    if PLAN.sparse and R <= B + 1:
-        # There is a block of text between.
-        one, last = one | of_sparse, tl.where(of_sparse, on_left, last)
-    return one, last
-
-
-@triton.jit
 def _key_places(
     start: tl.tensor, end: tl.tensor, of_sparse: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
 ) -> tl.tensor:
-    """Where in their row the keys of a tile stand."""
+    """Where in their row the keys of a tile stand; those that are not there, where the last does."""
     row, head, first, sparse_first = place
-    places = start + tl.arange(0, PLAN.key_tile)
-    if PLAN.sparse and PLAN.reach > PLAN.block_size + 1:
+    places = tl.minimum(start + tl.arange(0, PLAN.key_tile), end - 1)
+    if PLAN.sparse:
         pointers = _base(inputs.sparse.place, row, head, sparse_first) + places * inputs.sparse.place.token
-        tokens = tl.load(pointers, mask=of_sparse & (places < end), other=0)
+        tokens = tl.load(pointers, mask=of_sparse, other=0)
         tokens -= first if PLAN.packed else row * inputs.length
         places = tl.where(of_sparse, tokens.to(tl.int32), places)
     return places
 
 
 @triton.jit
-def _distances(
+def _columns(
     query_start: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
@@ -370,44 +354,69 @@ def _distances(
     BY_KEYS: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> tl.tensor:
-    """Of each query from each key: (queries, keys), or, if BY_KEYS, (keys, queries)."""
+    """Where in lines the distance of each query from each key is: (queries, keys), or, if BY_KEYS, (keys, queries)."""
     queries = query_start + tl.arange(0, PLAN.query_tile)
     keys = _key_places(start, end, of_sparse, inputs, place, PLAN)
-    if BY_KEYS:
-        return queries[None, :] - keys[:, None]
-    else:
-        return queries[:, None] - keys[None, :]
+    distances = queries[None, :] - keys[:, None] if BY_KEYS else queries[:, None] - keys[None, :]
+    # That of a key that a query does not see may be any.
+    return tl.minimum(tl.maximum(distances, -PLAN.reach), PLAN.reach - 1) + PLAN.reach
 
 
 @triton.jit
-def _add_bias(
+def _query_lines(
+    lines: Strided, query_start: tl.tensor, inputs: Inputs, place: tl.tensor, PLAN: tl.constexpr
+) -> tl.tensor:
+    """Pointers to the lines of the queries of a tile; of those that are not there, to others."""
+    row, head, first, _ = place
+    numbers = tl.minimum(first + query_start + tl.arange(0, PLAN.query_tile), inputs.length - 1)
+    return _base(lines, row, head, row * 0) + numbers * lines.token
+
+
+@triton.jit
+def _key_lines(
+    lines: Strided,
+    sparse_lines: Strided,
+    start: tl.tensor,
+    end: tl.tensor,
+    of_sparse: tl.tensor,
+    inputs: Inputs,
+    place: tl.tensor,
+    PLAN: tl.constexpr,
+) -> tl.tensor:
+    """Pointers to the lines of the keys of a tile; those of sparse keys that are tokens are the tokens'."""
+    row, head, first, sparse_first = place
+    base = _base(lines, row, head, first)
+    if PLAN.sparse and not PLAN.indexed:
+        numbers = tl.minimum(start + tl.arange(0, PLAN.key_tile), end - 1)
+        base = tl.where(of_sparse, _base(sparse_lines, row, head, sparse_first), base)
+    else:
+        numbers = _key_places(start, end, of_sparse, inputs, place, PLAN)
+    return base + numbers.to(tl.int64) * lines.token
+
+
+@triton.jit
+def _add_lines(
     scores: tl.tensor,
     query_start: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
     of_sparse: tl.tensor,
     of_text: tl.tensor,
-    on_left: tl.tensor,
     inputs: Inputs,
     place: tl.tensor,
-    NEAR: tl.constexpr,
     BY_KEYS: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> tl.tensor:
-    """To scores to base two add what the distance says, but to those of global tokens. NEAR says whether one column may
-    not do."""
-    R: tl.constexpr = PLAN.reach
-    if of_text:
-        table = inputs.bias + place[1] * (2 * R + 1)
-        one, last = _one_column(query_start, start, of_sparse, on_left, PLAN)
-        if NEAR:
-            if one:
-                scores += tl.load(table + tl.where(last, 2 * R, 0))
-            else:
-                distances = _distances(query_start, start, end, of_sparse, inputs, place, BY_KEYS, PLAN)
-                scores += tl.load(table + tl.minimum(tl.maximum(distances, -R), R) + R)
-        else:
-            scores += tl.load(table + tl.where(last, 2 * R, 0))
+    """To scores that are not scaled add what the distance says, but to those of global tokens."""
+    # No branch for these: with one the compiler needs more registers than there are.
+    if PLAN.lines_of_queries or PLAN.lines_of_keys:
+        columns = _columns(query_start, start, end, of_sparse, inputs, place, BY_KEYS, PLAN)
+    if PLAN.lines_of_queries:
+        queries = _query_lines(inputs.query_lines, query_start, inputs, place, PLAN)
+        scores += tl.load((queries[None, :] if BY_KEYS else queries[:, None]) + columns, mask=of_text, other=0.0)
+    if PLAN.lines_of_keys:
+        keys = _key_lines(inputs.tokens.lines, inputs.sparse.lines, start, end, of_sparse, inputs, place, PLAN)
+        scores += tl.load((keys[:, None] if BY_KEYS else keys[None, :]) + columns, mask=of_text, other=0.0)
     return scores
 
 
@@ -423,25 +432,10 @@ def _scores(
     place: tl.tensor,
     PLAN: tl.constexpr,
 ) -> tl.tensor:
-    """Of a tile of queries to a tile of keys; -inf where a key may not be attended to. Not yet scaled, but where they
-    are biased."""
+    """Of a tile of queries to a tile of keys, not yet scaled; -inf where a key may not be attended to."""
     of_sparse = part >= 2
     scores = tl.dot(q, tl.trans(k), input_precision=PLAN.precision)
-    if PLAN.biased:
-        scores = _add_bias(
-            scores * PLAN.scale_log2e,
-            query_start,
-            start,
-            end,
-            of_sparse,
-            part > 0,
-            part == 2,
-            inputs,
-            place,
-            NEAR=True,
-            BY_KEYS=False,
-            PLAN=PLAN,
-        )
+    scores = _add_lines(scores, query_start, start, end, of_sparse, part > 0, inputs, place, BY_KEYS=False, PLAN=PLAN)
     full = _is_full(start, end, of_sparse, inputs, place, PLAN)
     if PLAN.causal:
         # Globals are in front of all text, and the number of a sparse key on the left is below that of any query.
@@ -491,7 +485,6 @@ def forward(inputs: Inputs, output: Strided, lse: Strided, GLOBAL: tl.constexpr,
     """The output of a tile of queries: of text, or, if GLOBAL, of globals over one chunk of the tokens."""
     SIZE: tl.constexpr = PLAN.query_tile
     D: tl.constexpr = PLAN.padded_head_dim
-    SCALE: tl.constexpr = 1.0 if PLAN.biased else PLAN.scale_log2e
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_ranges(length, sparse_length, GLOBAL, PLAN)
     row_end = end if GLOBAL or PLAN.packed else inputs.length
@@ -513,10 +506,10 @@ def forward(inputs: Inputs, output: Strided, lse: Strided, GLOBAL: tl.constexpr,
         key_start, key_end, part = _locate_tile(number, ranges, PLAN.key_tile)
         k, v = _load_key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
         scores = _scores(q, start, k, key_start, key_end, part, inputs, place, PLAN)
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * SCALE)
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * PLAN.scale_log2e)
         # Without a key so far all is -inf, of which no difference may be taken.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        probabilities = tl.exp2(scores * SCALE - reference[:, None])
+        probabilities = tl.exp2(scores * PLAN.scale_log2e - reference[:, None])
         correction = tl.exp2(largest - reference)
         total = total * correction + tl.sum(probabilities, 1)
         if PLAN.dropout:
@@ -589,13 +582,13 @@ def backward_queries(
     lse: Strided,
     query_stats: Strided,
     grad_query: Strided,
+    grad_lines: Strided,
     GLOBAL: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
     """The gradient of a tile of queries, cut as in `forward`, and their delta = sum(output * grad_output)."""
     SIZE: tl.constexpr = PLAN.query_tile
     D: tl.constexpr = PLAN.padded_head_dim
-    SCALE: tl.constexpr = 1.0 if PLAN.biased else PLAN.scale_log2e
     row, head, first, sparse_first, length, sparse_length = _place(inputs, PLAN)
     chunk, start, end, ranges = _query_ranges(length, sparse_length, GLOBAL, PLAN)
     row_end = end if GLOBAL or PLAN.packed else inputs.length
@@ -626,7 +619,7 @@ def backward_queries(
         key_start, key_end, part = _locate_tile(number, ranges, PLAN.key_tile)
         k, v = _load_key_tile(key_start, key_end, part >= 2, inputs, place, PLAN)
         scores = _scores(q, start, k, key_start, key_end, part, inputs, place, PLAN)
-        probabilities = tl.exp2(scores * SCALE - lses[:, None])
+        probabilities = tl.exp2(scores * PLAN.scale_log2e - lses[:, None])
         grads = tl.dot(do, tl.trans(v), input_precision=PLAN.precision)
         if PLAN.dropout:
             key_ids = _key_ids(key_start, part >= 2, PLAN)
@@ -634,6 +627,14 @@ def backward_queries(
             grads = tl.where(survives, grads, 0.0)
         grads = probabilities * (grads - deltas[:, None])
         accumulated = tl.dot(grads.to(k.dtype), k, accumulated, input_precision=PLAN.precision)
+        if PLAN.lines_of_queries:
+            lines = _query_lines(grad_lines, start, inputs, place, PLAN)[:, None]
+            lines += _columns(start, key_start, key_end, part >= 2, inputs, place, False, PLAN)
+            written = (part > 0) & (grads != 0.0)
+            if PLAN.sparse and not PLAN.indexed:
+                tl.atomic_add(lines, grads, mask=written & (part >= 2))
+                written = written & (part == 1)
+            tl.store(lines, grads, mask=written)
     accumulated = accumulated * PLAN.scale
     if PLAN.dropout:
         accumulated = accumulated * inputs.keep_scale
@@ -649,15 +650,11 @@ def backward_keys(
     query_stats: Strided,
     grad_key: Strided,
     grad_value: Strided,
-    grad_bias: Strided,
+    grad_lines: Strided,
     KIND: tl.constexpr,
     PLAN: tl.constexpr,
 ) -> None:
-    """The gradients of a tile of keys and values: "text", "sparse", or "global" over one chunk of the queries.
-
-    A line of `grad_bias` is what one key gives for the bias, by distance; in its first and last column what is as far
-    as the table reaches, or farther. Where these are all that there is, no other is written.
-    """
+    """The gradients of a tile of keys and values: "text", "sparse", or "global" over one chunk of the queries."""
     SIZE: tl.constexpr = PLAN.key_tile
     D: tl.constexpr = PLAN.padded_head_dim
     G: tl.constexpr = PLAN.num_global_tokens
@@ -724,12 +721,8 @@ def backward_keys(
     query_base, grad_base = _base(inputs.query, row, head, first), _base(grad_output, row, head, first)
     stats_base, lines = _base(query_stats, row, head, first), tl.arange(0, PLAN.query_tile)[:, None]
     columns = tl.arange(0, 4 if PLAN.dropout else 2)[None, :]
-    if PLAN.biased:
-        R: tl.constexpr = PLAN.reach
-        NEAR: tl.constexpr = KIND == "text" or R > B + 1
-        first_column, last_column = tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32)
-        bias_base = _base(grad_bias, row, head, out_first) + start.to(tl.int64) * grad_bias.token
-        bias_base = bias_base + tl.arange(0, SIZE) * grad_bias.token
+    if PLAN.lines_of_keys:
+        key_lines = _key_lines(grad_lines, grad_lines, start, end, of_sparse, inputs, place, PLAN)
     for number in range(_num_tiles(ranges, PLAN.query_tile)):
         query_start, query_end, part = _locate_tile(number, ranges, PLAN.query_tile)
         q = _load_tile(query_base, inputs.query.token, query_start, query_end, PLAN.query_tile, PLAN)
@@ -744,26 +737,13 @@ def backward_keys(
         else:
             lses, deltas = tl.split(loaded)
         scores = tl.dot(k, tl.trans(q), input_precision=PLAN.precision)
-        if PLAN.biased:
-            # A query that is not there has zeros only, but a bias.
+        if PLAN.lines_of_queries or PLAN.lines_of_keys:
+            # A query that is not there has zeros only, but a distance.
             lses = tl.where(query_start + tl.arange(0, PLAN.query_tile) < query_end, lses, float("inf"))
-            scores = _add_bias(
-                scores * PLAN.scale_log2e,
-                query_start,
-                start,
-                end,
-                of_sparse,
-                part > 0,
-                part == 1,
-                inputs,
-                place,
-                NEAR=NEAR,
-                BY_KEYS=True,
-                PLAN=PLAN,
-            )
-            scores = scores - lses[None, :]
-        else:
-            scores = scores * PLAN.scale_log2e - lses[None, :]
+        scores = _add_lines(
+            scores, query_start, start, end, of_sparse, part > 0, inputs, place, BY_KEYS=True, PLAN=PLAN
+        )
+        scores = scores * PLAN.scale_log2e - lses[None, :]
         if KIND == "sparse" and (step % SIZE or S % step):
             # The keys of a tile are not all seen by the same blocks.
             query_block = (query_start - G) // B
@@ -786,24 +766,11 @@ def backward_keys(
         value_sum = tl.dot(survivors.to(do.dtype), do, value_sum, input_precision=PLAN.precision)
         grads = probabilities * (grads - deltas[None, :])
         key_sum = tl.dot(grads.to(q.dtype), q, key_sum, input_precision=PLAN.precision)
-        if PLAN.biased:  # noqa: SIM102  as above
-            if part > 0:
-                one, last_one = _one_column(query_start, start, of_sparse, part == 1, PLAN)
-                if one:
-                    sums = tl.sum(grads, 1)
-                    first_column += tl.where(last_one, 0.0, sums)
-                    last_column += tl.where(last_one, sums, 0.0)
-                elif NEAR:
-                    distances = _distances(query_start, start, end, of_sparse, inputs, place, True, PLAN)
-                    first_column += tl.sum(tl.where(distances <= -R, grads, 0.0), 1)
-                    last_column += tl.sum(tl.where((distances >= R) & (distances > -R), grads, 0.0), 1)
-                    # A tile of queries may come twice, and see a key in one turn only: it is zero in the other.
-                    near = kept[:, None] & (distances > -R) & (distances < R) & (grads != 0.0)
-                    tl.store(bias_base[:, None] + R + distances, grads, mask=near)
+        if PLAN.lines_of_keys:
+            targets = key_lines[:, None] + _columns(query_start, start, end, of_sparse, inputs, place, True, PLAN)
+            # A tile of queries may come twice, and see a key in one turn only: it is zero in the other.
+            tl.store(targets, grads, mask=(part > 0) & (kept[:, None] & (grads != 0.0)))
     key_sum = key_sum * PLAN.scale
-    if PLAN.biased:
-        tl.store(bias_base, first_column, mask=kept)
-        tl.store(bias_base + (grad_bias.token - 1), last_column, mask=kept)
     if PLAN.dropout:
         key_sum, value_sum = key_sum * inputs.keep_scale, value_sum * inputs.keep_scale
     if KIND == "sparse" and PLAN.indexed:
