@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -192,6 +193,17 @@ def test_what_cannot_be_is_one_line(more, message, sources, texts, tmp_path, cap
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {message}") and captured.err.count("\n") == 1, captured.err
     assert not captured.out and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_masked_model_needs_a_mask_token(sources, texts, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(sources["masked"], source)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = source / name
+        if path.exists():
+            path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": None}))
+    assert run(source, texts, "--architecture", "BertForMaskedLM") == 3
+    assert capsys.readouterr().err == f"error: --initial_model: '{source}' has no mask token; add it\n"
 
 
 def test_a_classifier_tries_one_way_to_lengthen_positions(sources, texts, capsys):
