@@ -246,9 +246,9 @@ class TuneOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", parse_literals(self.grid, "grid", "\"{'block_size': [128, 32]}\""))
         check_types(self)
-        for name in ("max_sequence_length", "minutes", "max_texts"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name}: got {getattr(self, name)}; give at least 1")
+        for name, least in {"max_sequence_length": 1, "minutes": 1, "max_texts": 2}.items():
+            if getattr(self, name) < least:
+                raise OptionError(f"--{name}: got {getattr(self, name)}; give at least {least}")
         if self.figure is not None and not self.figure.endswith(".png"):
             raise OptionError(f"--figure: got {self.figure!r}; give a name that ends in .png")
 

@@ -48,6 +48,10 @@ SOURCE_FAULTS = (
 )
 
 
+class ConvertedError(OptionError):
+    """The source is an LSG checkpoint already, and nothing says what becomes of its global tokens."""
+
+
 class Source:
     """A model to convert: its configuration and its tokenizer are read at once, its weights by `load`.
 
@@ -85,7 +89,7 @@ class Source:
         if wanted and not self.is_lsg:
             raise OptionError(f"--{wanted[0]}: {name!r} is no LSG checkpoint; leave the flag out")
         if self.is_lsg and not wanted:
-            raise OptionError(
+            raise ConvertedError(
                 f"--initial_model: {name!r} is an LSG checkpoint already; say what becomes of its global tokens: "
                 "--resize_lsg keeps them, --keep_first_global_token keeps the first, --rebuild_global_tokens keeps none"
             )
