@@ -164,12 +164,12 @@ def command(body: Callable[[Sequence[str]], None]) -> Callable[..., int]:
     return main
 
 
-def need(name: str) -> Any:
-    """Import a library that not every script needs."""
+def need(name: str, package: str = ".[experiments]") -> Any:
+    """Import a library that not every script needs; `package` is what pip installs it by."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise OptionError(f'{name} is missing; pip install ".[experiments]" brings it') from error
+        raise OptionError(f'{name} is missing; pip install "{package}" brings it') from error
 
 
 # Models

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 sys.path.extend(map(str, Path(sys.path[-1]).iterdir()))
 
 import common
+import encode_ray
 import make_data
 import run_classification
 import run_mlm
@@ -353,10 +354,13 @@ def test_a_source_that_is_not_converted_gets_the_command_that_converts_it(models
     assert line.endswith(f"lsg-convert --initial_model {source} --model_name lsg-source --max_sequence_length 600")
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(common.OptionError, match=r'datasets is missing; pip install "\.\[experiments\]" brings it'):
         common.need("datasets")
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    assert encode_ray.main(["--model", "model", "--texts", "texts"]) == 2
+    assert capsys.readouterr().err == 'error: ray.data is missing; pip install "ray[data]" brings it\n'
 
 
 @pytest.mark.full

@@ -47,7 +47,7 @@ class Encoder:
 @common.command
 def main(flags: Sequence[str]) -> None:
     (options,) = common.parse_flags([RayArguments], flags)
-    data = common.need("ray.data")
+    data = common.need("ray.data", "ray[data]")
     if Path(options.output).exists():
         raise common.OptionError(f"--output: {options.output!r} is there; give another folder")
     load(options, "cpu", "batch_size", "workers")  # so that a mistake is one line here, and not a worker's traceback
