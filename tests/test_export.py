@@ -120,6 +120,20 @@ def test_global_tokens_and_full_attention_are_exported(exporter, tmp_path):
     check(exporter, Attention(calls(["norm"], [0, 3]) + calls(["norm"], [0, 3], full=28)), 3, tmp_path)
 
 
+@pytest.mark.full
+def test_a_length_may_have_a_name_where_scores_have_a_bias():
+    """Also beside a batch of one size. torch then looks at how keys and values lie in memory."""
+    bias = torch.nn.Parameter(torch.randn(HEADS, 21, generator=torch.Generator().manual_seed(0)))
+    attention = Attention([options | {"bias": bias} for options in calls(["none"], [1])])
+    attention.register_parameter("bias", bias)
+    axes = {1: Dim("length", max=200)}
+    graph = torch.export.export(attention, text(61), dynamic_shapes=(axes, axes)).module()
+    for length in LENGTHS[2:]:
+        states, mask = text(length)
+        actual, expected = (run(states, mask) * mask[:, None, :, None] for run in (graph, attention))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
 class FirstOutput(torch.nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -321,8 +321,13 @@ def blockwise_attention(
         for sequence in sequences
         for window in sequence.windows
     ]
+
+    def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The parts of what is seen, of which an exported graph would make the order in memory a condition."""
+        return torch.cat([x.flatten(1, 2) for x in parts], 2) if is_exporting() else torch.cat(parts, 3).flatten(1, 2)
+
     # Blocks join the heads, so that one call of four dimensions serves all of them.
-    seen_key, seen_value = (torch.cat(parts, dim=3).flatten(1, 2) for parts in list(zip(*seen, strict=True))[:2])
+    seen_key, seen_value = (joined(parts) for parts in list(zip(*seen, strict=True))[:2])
     seen_mask = torch.cat([part[2].expand(-1, heads, -1, -1) for part in seen], dim=3).flatten(1, 2)
     blocks = text_query.unflatten(2, (num_blocks, layout.block_size)).flatten(1, 2)
     block_mask = seen_mask[:, :, None]
