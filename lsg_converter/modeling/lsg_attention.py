@@ -320,6 +320,7 @@ def blockwise_attention(
         [take_windows(x, window, num_blocks) for x in (sequence.key, sequence.value, sequence.mask)]
         for sequence in sequences
         for window in sequence.windows
+        if window.size  # An exporter to ONNX may not join what is empty.
     ]
 
     def joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
