@@ -109,6 +109,11 @@ class Source:
         self.model_class = self.lsg_class if self.is_lsg else families.stock_class(self.lsg_class)
         if self.family.is_causal(self.lsg_class):
             content["is_decoder"] = True
+        elif self.family.is_decoder(self.lsg_class):
+            raise OptionError(
+                f"--architecture: {families.stock_class(self.lsg_class).__name__} is a decoder alone, which has no LSG; "
+                "give one with the encoder"
+            )
         self.is_colbert = named == ["HF_ColBERT"]
         self.has_own_head = self.model_class.__name__ in named
         own = next((self.family.architectures.get(item.removeprefix("LSG")) for item in named), None)
@@ -408,12 +413,15 @@ def check_padding(name: str, config: Any, *, needed: bool) -> None:
 
 def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The source's tokenizer, or None where it has none. Raises SourceError."""
+    files = sorted(path for path in folder.iterdir() if path.name.startswith(("tokenizer", "vocab", "spiece")))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Without files, Transformers makes up a tokenizer that knows only its special tokens.
-        return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+        # Without their files, Transformers makes up a tokenizer that knows hardly more than its special tokens.
+        named = {*tokenizer.vocab_files_names.values()}
+        found = {*(path.name for path in files), *(name for name in named if (folder / name).is_file())}
+        made_up = named and not found - {"tokenizer_config.json"}
+        return None if made_up or len(tokenizer) <= len(tokenizer.all_special_ids) else tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception
-        files = sorted(path for path in folder.iterdir() if path.name.startswith(("tokenizer", "vocab", "spiece")))
         for path in files:
             if path.suffix == ".json":
                 read_json(path)  # which says that it is this one, where it is

@@ -553,3 +553,25 @@ def test_half_precision_trains_through_the_last_norm(tmp_path):
     mask[0, 3:] = 0
     model(ids, attention_mask=mask).last_hidden_state.float().square().mean().backward()
     assert model.LayerNorm.weight.grad.isfinite().all()
+
+
+def test_no_tokenizer_is_made_up(tmp_path):
+    """Without its files, Transformers makes one for T5 that knows a word beside its special tokens."""
+    source = source_of("t5", tmp_path)
+    for path in source.glob("*token*"):
+        path.unlink()
+    made_up = AutoTokenizer.from_pretrained(source)
+    assert len(made_up) > len(made_up.all_special_ids)
+    assert run_command(source, tmp_path / "lsg", "--quiet", "--no_verify") == 0
+    assert not [*(tmp_path / "lsg").glob("token*")]
+    report = json.loads((tmp_path / "lsg" / "lsg_conversion.json").read_text())
+    assert any("no tokenizer" in warning for warning in report["warnings"])
+
+
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_a_decoder_alone_of_an_encoder_decoder_is_refused(name, tmp_path, capsys):
+    architecture = f"{name.capitalize()}ForCausalLM"
+    source = GOLDEN / name / "source" if name == "bart" else source_of(name, tmp_path)
+    assert run_command(source, tmp_path / "lsg", "--architecture", architecture) == 2
+    assert f"{architecture} is a decoder alone, which has no LSG" in capsys.readouterr().err
+    assert not (tmp_path / "lsg").exists()
