@@ -35,9 +35,9 @@ def draws(relevant: list[list[int]]) -> np.ndarray:
     return weights
 
 
-def interval(values: list[float], weights: np.ndarray) -> tuple[float, float]:
-    """The bootstrap interval of the mean, by percentiles."""
-    means = weights @ np.array(values) / weights.sum(axis=1)
+def interval(values: list[float], weights: np.ndarray, counts: np.ndarray | float = 1.0) -> tuple[float, float]:
+    """The bootstrap interval of the mean, by percentiles; where values are sums, of so many each."""
+    means = weights @ np.array(values) / (weights * counts).sum(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
