@@ -53,10 +53,14 @@ from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 from lsg_converter.tune import GRID, MASKED
 
 
-POSITIONS: list[str] = GRID["position_init"]
-TYPES = ["none", *(name for name in SPARSITY_TYPES if name != "none")]
+ALLOWED: dict[str, list[str]] = {
+    "sparsity_types": ["none", *(name for name in SPARSITY_TYPES if name != "none")],
+    "position_init": GRID["position_init"],
+    "parts": ["positions", "lora", "globals"],
+}
 FREQUENCIES, WINDOWS = "word frequencies", "source, windows of {} that overlap by half"
-PROTOCOL_BLOCK, PROTOCOL_BLOCKS, PROTOCOL_FACTOR = 256, (128, 32), 4  # as the cards of published checkpoints
+BLOCKS = (128, 32)
+PROTOCOL_BLOCK, PROTOCOL_FACTOR = 256, 4  # as the cards of published checkpoints
 
 
 @dataclass
@@ -67,20 +71,27 @@ class MaskedStudyArguments:
         "The folder of the models, of what is measured, the tables and the picture.", "out/masked"
     )
     corpus: str = common.flag("Documents: built-in, or a .jsonl file of texts.", corpora.BUILT_IN)
-    words: int = common.flag("The size of the vocabulary.", 8192)
+    words: int = common.flag("The size of the vocabulary.", 4096)
     layers: int = common.flag("Layers of the source.", 4)
     width: int = common.flag("Its width; a head has 64 of it.", 256)
     source_length: int = common.flag("Tokens that it reads.", 128)
-    steps: int = common.flag("Steps that it is trained.", 6000)
+    steps: int = common.flag("Steps that it is trained.", 2500)
     batch_size: int = common.flag("Texts of a step.", 16)
     learning_rate: float = common.flag("Its learning rate.", 1e-3)
+    mlm_probability: float = common.flag("The share of tokens that are masked in training; where measured, 0.15.", 0.25)
     lengths: list[int] = common.flag("Tokens to convert to; adaptation is at the largest.", [512, 1024, 2048])
-    documents: int = common.flag("At most so many documents to measure on, each from a file of its own.", 120)
-    adapt_steps: int = common.flag("Steps of an adaptation.", 200)
+    documents: int = common.flag("At most so many documents to measure on, each from a file of its own.", 64)
+    adapt_steps: int = common.flag("Steps of an adaptation.", 100)
     adapt_batch_size: int = common.flag("Texts of such a step, of the largest length.", 2)
     adapt_learning_rate: float = common.flag("The learning rate where all is adapted.", 3e-4)
     part_learning_rate: float = common.flag("The learning rate where a part is.", 3e-3)
-    train: list[str] = common.flag("What of the LSG model is adapted, as in run_mlm.py.", ["all", "positions", "lora"])
+    sparsity_types: list[str] = common.flag("LSG settings.", ALLOWED["sparsity_types"])
+    position_init: list[str] = common.flag(
+        "How lsg-convert is to lengthen positions; all is tried with the first.", ALLOWED["position_init"]
+    )
+    parts: list[str] = common.flag(
+        "What of LSG is adapted alone too, as --train of run_mlm.py has it.", ["positions", "lora"]
+    )
     figure: str | None = common.flag("Where to draw it, a .png; masked.png in --output unless given.")
 
 
@@ -138,7 +149,7 @@ class Study:
         self.loaded: tuple[Any, Any] | None = None
         self.source, self.longest = self.folder / "models" / "source", max(options.lengths)
         texts, others = halves(options.corpus)
-        names = ("words", "layers", "width", "source_length", "steps", "batch_size", "learning_rate")
+        names = ("words", "layers", "width", "source_length", "steps", "batch_size", "learning_rate", "mlm_probability")
         data = hashlib.sha256(json.dumps([texts, others]).encode()).hexdigest()
         self.mark = [data, *(getattr(options, name) for name in names)]
         self.made = common.kept(self.folder / "models" / "source.json", self.mark, lambda: self.make_source(texts))
@@ -201,6 +212,7 @@ class Study:
             learning_rate=rate,
             warmup_steps=steps // 20,
             weight_decay=0.01,
+            adam_beta2=0.98,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=max(steps // 50, 1),
@@ -208,7 +220,7 @@ class Study:
             report_to="none",
             seed=0,
         )
-        collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED)
+        collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=self.options.mlm_probability)
         trainer = MaskedTrainer(model=model, args=arguments, train_dataset=pieces, data_collator=collator)  # type: ignore[arg-type]
         trainer.train()
         return model.eval(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -297,9 +309,10 @@ def lsg(kind: str = "norm", block: int = 128, factor: int = 2) -> dict[str, Any]
 
 def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
     """All that is measured, what matters most first."""
-    limit, longest, tile = options.source_length, max(options.lengths), POSITIONS[0]
+    limit, longest = options.source_length, max(options.lengths)
+    base, *others = options.position_init
 
-    def whole(group: str, name: str, length: int, fields: dict[str, Any], init: str = tile, **more: Any) -> Reader:
+    def whole(group: str, name: str, length: int, fields: dict[str, Any], init: str = base, **more: Any) -> Reader:
         return Reader(group, name, length, length, length, init, fields, **more)
 
     def source(group: str, room: int, overlap: bool = False, **more: Any) -> Reader:
@@ -311,26 +324,35 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
     yield source("untrained", limit, overlap=True)
     for length in sorted(options.lengths, reverse=True):
         full = lsg() | {"num_global_tokens": 0, "full_attention_length": length}
-        for init in POSITIONS:
+        for init in options.position_init:
             yield whole("untrained", f"full attention, {init}", length, full, init)
-            for kind in TYPES if init == tile else ["norm"]:
-                yield whole("untrained", f"LSG {kind}, {init}", length, lsg(kind), init)
+            for block in BLOCKS:
+                for kind in options.sparsity_types if init == base and length == longest else ["norm"]:
+                    name = f"LSG {kind}, block {block}, {init}"
+                    yield whole("untrained", name, length, lsg(kind, block), init)
     yield source("adapted", limit, adapted={})
     yield source("adapted", limit, overlap=True, adapted={})
-    base = lsg("none", PROTOCOL_BLOCK)
-    yield whole("switched", f"none, block {PROTOCOL_BLOCK}", longest, base, adapted=base)
-    for block in PROTOCOL_BLOCKS:
-        for kind in TYPES:
-            yield whole("switched", f"{kind}, block {block}", longest, lsg(kind, block, PROTOCOL_FACTOR), adapted=base)
-    for init, part in [*((tile, part) for part in options.train), *((init, "all") for init in POSITIONS[1:])]:
-        yield whole("adapted", f"LSG norm, {init}, {part}", longest, lsg(), init, adapted=lsg(), part=part)
+    local = lsg("none", PROTOCOL_BLOCK)
+    yield whole("switched", f"none, block {PROTOCOL_BLOCK}", longest, local, adapted=local)
+    for block in BLOCKS:
+        for kind in options.sparsity_types:
+            fields = lsg(kind, block, PROTOCOL_FACTOR)
+            yield whole("switched", f"{kind}, block {block}", longest, fields, adapted=local)
+    yield whole("adapted", f"LSG norm, block 128, {base}", longest, lsg(), adapted=lsg())
     full = lsg() | {"num_global_tokens": 0, "full_attention_length": longest}
-    yield whole("adapted", f"full attention, {tile}, all", longest, full, adapted=full)
+    yield whole("adapted", f"full attention, {base}", longest, full, adapted=full)
+    for init in others:
+        yield whole("adapted", f"LSG norm, block 128, {init}", longest, lsg(), init, adapted=lsg())
+    for part in options.parts:
+        yield whole("adapted", f"LSG norm, block 128, {base}, {part}", longest, lsg(), adapted=lsg(), part=part)
 
 
 @common.command
 def main(flags: Sequence[str]) -> None:
     (options,) = common.parse_flags([MaskedStudyArguments], flags)
+    for name, allowed in ALLOWED.items():
+        if wrong := [value for value in getattr(options, name) if value not in allowed]:
+            raise common.OptionError(f"--{name}: got {wrong[0]!r}; give some of {', '.join(allowed)}")
     if min(options.lengths) <= options.source_length:
         raise common.OptionError(
             f"--lengths: got {min(options.lengths)}; the source reads {options.source_length} tokens: give more"

@@ -19,12 +19,11 @@ SECTIONS = {"untrained": "Untrained", "adapted": "After adaptation", "switched":
 # Colours that differ in lightness, markers and dashes, so that lines can be told apart in grey.
 STYLES: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "source, windows": ("#E69F00", "o", (6, 2)),
-    "full attention, tile": ("#56B4E9", "D", (12, 1, 2, 1)),
-    "full attention, stretch": ("#999999", "v", (3, 2)),
-    "LSG norm, tile": ("#0072B2", "o", ()),
-    "LSG none, tile": ("#CC79A7", "^", (1, 1)),
-    "LSG norm, stretch": ("#000000", "s", (8, 1.5)),
-    "LSG norm, interpolate": ("#009E73", "X", (2, 1)),
+    "full attention, tile": ("#D55E00", "D", (12, 1, 2, 1)),
+    "LSG norm, block 128, tile": ("#0072B2", "o", ()),
+    "LSG norm, block 128, stretch": ("#000000", "s", (8, 1.5)),
+    "LSG norm, block 128, interpolate": ("#009E73", "X", (2, 1)),
+    "LSG norm, block 32, tile": ("#56B4E9", "^", (1, 1)),
 }
 
 
