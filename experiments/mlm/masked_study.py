@@ -125,8 +125,9 @@ class MaskedTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         asked = inputs["labels"] != -100
-        states = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-        return cross_entropy(model.cls(states[asked]).float(), inputs["labels"][asked])
+        with self.accelerator.autocast():  # Trainer has it around a model's own call alone
+            states = model.base_model(inputs["input_ids"]).last_hidden_state
+            return cross_entropy(model.cls(states[asked]).float(), inputs["labels"][asked])
 
 
 def spans(length: int, room: int, step: int) -> Iterator[tuple[int, int, int]]:
