@@ -80,7 +80,7 @@ class MaskedStudyArguments:
     learning_rate: float = common.flag("Its learning rate.", 1e-3)
     mlm_probability: float = common.flag("The share of tokens that are masked in training; where measured, 0.15.", 0.25)
     lengths: list[int] = common.flag("Tokens to convert to; adaptation is at the largest.", [512, 1024, 2048])
-    documents: int = common.flag("At most so many documents to measure on, each from a file of its own.", 64)
+    documents: int = common.flag("At most so many documents to measure on, each from a file of its own.", 48)
     adapt_steps: int = common.flag("Steps of an adaptation.", 100)
     adapt_batch_size: int = common.flag("Texts of such a step, of the largest length.", 2)
     adapt_learning_rate: float = common.flag("The learning rate where all is adapted.", 3e-4)
@@ -320,10 +320,7 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
         name = WINDOWS.format(room) if overlap else CHUNKS.format(room)
         return Reader(group, name, longest, room, (room - 2) // 2 if overlap else room - 2, **more)
 
-    yield Reader("untrained", FREQUENCIES, longest, longest, longest)
-    yield from (source("untrained", room) for room in (limit // 4, limit // 2, limit))
-    yield source("untrained", limit, overlap=True)
-    for length in sorted(options.lengths, reverse=True):
+    def untrained(length: int) -> Iterator[Reader]:
         full = lsg() | {"num_global_tokens": 0, "full_attention_length": length}
         for init in options.position_init:
             yield whole("untrained", f"full attention, {init}", length, full, init)
@@ -331,6 +328,11 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
                 for kind in options.sparsity_types if init == base and length == longest else ["norm"]:
                     name = f"LSG {kind}, block {block}, {init}"
                     yield whole("untrained", name, length, lsg(kind, block), init)
+
+    yield Reader("untrained", FREQUENCIES, longest, longest, longest)
+    yield from (source("untrained", room) for room in (limit // 4, limit // 2, limit))
+    yield source("untrained", limit, overlap=True)
+    yield from untrained(longest)
     yield source("adapted", limit, adapted={})
     yield source("adapted", limit, overlap=True, adapted={})
     local = lsg("none", PROTOCOL_BLOCK)
@@ -346,6 +348,8 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
         yield whole("adapted", f"LSG norm, block 128, {init}", longest, lsg(), init, adapted=lsg())
     for part in options.parts:
         yield whole("adapted", f"LSG norm, block 128, {base}, {part}", longest, lsg(), adapted=lsg(), part=part)
+    for length in sorted({*options.lengths} - {longest}):
+        yield from untrained(length)
 
 
 @common.command

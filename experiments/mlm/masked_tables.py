@@ -118,20 +118,22 @@ def cut(row: Row, places: list[list[int]], length: int) -> Row:
 
 
 def draw(path: Path, rows: list[Row], places: list[list[int]], limit: int) -> None:
-    """The loss against position, less that of the source's chunks before adaptation, before and after it."""
+    """The loss against position, less that of the source's chunks, before adaptation and after it."""
     if find_spec("matplotlib") is None:
         print('no picture: matplotlib is missing; pip install ".[figures]" brings it', file=sys.stderr)
         return
     from matplotlib.figure import Figure
 
     longest = max(row.length for row in rows)
-    ends = [0, limit // 2, *(end for edge in edges(limit, longest)[1:-1] for end in (edge, edge * 3 // 2)), longest]
+    ends = sorted(
+        {0, limit // 2, *(min(end, longest) for edge in edges(limit, longest) for end in (edge, edge * 3 // 2))}
+    )
     bands = Bands(places, ends)
     middles = [(begin + end) / 2 for begin, end in pairwise(ends)]
-    zero = next(row for row in rows if row.name == CHUNKS.format(limit))
     figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
     sides = figure.subplots(1, 2, sharey=True)
     for axes, group in zip(sides, ("untrained", "adapted"), strict=True):
+        zero = next(row for row in rows if row.group == group and row.name == CHUNKS.format(limit))
         for place, (line, (color, marker, dashes)) in enumerate(STYLES.items()):
             named = [row for row in rows if row.group == group and row.length == longest and row.name.startswith(line)]
             if not named:
@@ -157,7 +159,7 @@ def draw(path: Path, rows: list[Row], places: list[list[int]], limit: int) -> No
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    sides[0].set_ylabel(f"loss, less that of the source\nin chunks of {limit}, untrained")
+    sides[0].set_ylabel(f"loss, less that of the source in chunks of {limit}")
     handles = {label: handle for axes in sides for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, handlelength=3.5)
     path.parent.mkdir(parents=True, exist_ok=True)
