@@ -222,7 +222,7 @@ class Study:
             seed=0,
         )
         collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=self.options.mlm_probability)
-        trainer = MaskedTrainer(model=model, args=arguments, train_dataset=pieces, data_collator=collator)  # type: ignore[arg-type]
+        trainer = MaskedTrainer(model=model, args=arguments, train_dataset=pieces, data_collator=collator)
         trainer.train()
         return model.eval(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
