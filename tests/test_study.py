@@ -310,7 +310,7 @@ def test_positions_are_adapted_alone_and_measured_on_other_documents(sentence, t
 def test_a_masked_study(texts, tmp_path, monkeypatch, capsys):
     """What the source could read is guessed as by the source, by full attention over stretched positions; what was
     measured is not measured again."""
-    small = "--words 200 --layers 1 --width 64 --source_length 64 --steps 2 --batch_size 4 --lengths 320 --documents 3"
+    small = "--words 200 --layers 1 --width 64 --source_length 64 --steps 2 --batch_size 4 --lengths 320 --fp32"
     more = "--adapt_steps 1 --adapt_batch_size 1 --sparsity_types none norm --position_init stretch --parts lora"
     flags = ["--corpus", str(texts), "--output", str(tmp_path), *small.split(), *more.split()]
     made = []

@@ -92,6 +92,7 @@ class MaskedStudyArguments:
     parts: list[str] = common.flag(
         "What of LSG is adapted alone too, as --train of run_mlm.py has it.", ["positions", "lora"]
     )
+    fp32: bool = common.flag("Measure in float32, not in bfloat16, which training always is in.", False)
     figure: str | None = common.flag("Where to draw it, a .png; masked.png in --output unless given.")
 
 
@@ -264,15 +265,16 @@ class Study:
             for place in places:
                 masked[place] = self.tokenizer.mask_token_id
             texts = torch.tensor([self.whole(masked[begin : min(begin + room, length)]) for begin, _, _ in parts])
-            with common.changed(model.config, reader.fields):
-                states = model.base_model(texts.to(model.device)).last_hidden_state
             asked = [
                 (row, place - begin + 1)
                 for row, (begin, first, end) in enumerate(parts)
                 for place in places
                 if first <= place < end
             ]
-            logits = model.cls(states[tuple(torch.tensor(asked).T)]).float().cpu()
+            half = torch.autocast(model.device.type, torch.bfloat16, enabled=not self.options.fp32)
+            with half, common.changed(model.config, reader.fields):
+                states = model.base_model(texts.to(model.device)).last_hidden_state
+                logits = model.cls(states[tuple(torch.tensor(asked).T)]).float().cpu()
             labels = torch.tensor([ids[place] for place in places if place < length])
             found.append([round(loss, 4) for loss in cross_entropy(logits, labels, reduction="none").tolist()])
         return found
@@ -291,7 +293,7 @@ class Study:
         options = self.options
         names = ("adapt_steps", "adapt_batch_size", "adapt_learning_rate", "part_learning_rate")
         more = [getattr(options, name) for name in names if reader.adapted is not None]
-        mark = [self.mark, options.documents, self.longest, asdict(reader), more]
+        mark = [self.mark, options.documents, options.fp32, self.longest, asdict(reader), more]
         label = "".join(c if c.isalnum() else "-" for c in f"{reader.group} {reader.length} {reader.name}")
 
         def make() -> list[list[float]]:
