@@ -348,10 +348,10 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
     yield whole("adapted", f"full attention, {base}", longest, full, adapted=full)
     for init in others:
         yield whole("adapted", f"LSG norm, block 128, {init}", longest, lsg(), init, adapted=lsg())
-    for part in options.parts:
-        yield whole("adapted", f"LSG norm, block 128, {base}, {part}", longest, lsg(), adapted=lsg(), part=part)
     for length in sorted({*options.lengths} - {longest}):
         yield from untrained(length)
+    for part in options.parts:
+        yield whole("adapted", f"LSG norm, block 128, {base}, {part}", longest, lsg(), adapted=lsg(), part=part)
 
 
 @common.command
