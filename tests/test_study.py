@@ -307,6 +307,7 @@ def test_positions_are_adapted_alone_and_measured_on_other_documents(sentence, t
 # A masked model that is trained here
 
 
+@pytest.mark.full
 def test_a_masked_study(texts, tmp_path, monkeypatch, capsys):
     """What the source could read is guessed as by the source, by full attention over stretched positions; what was
     measured is not measured again."""
