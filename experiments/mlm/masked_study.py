@@ -87,7 +87,8 @@ class MaskedStudyArguments:
     part_learning_rate: float = common.flag("The learning rate where a part is.", 3e-3)
     sparsity_types: list[str] = common.flag("LSG settings.", ALLOWED["sparsity_types"])
     position_init: list[str] = common.flag(
-        "How lsg-convert is to lengthen positions; all is tried with the first.", ALLOWED["position_init"]
+        "How lsg-convert is to lengthen positions; all is tried with the first, and the second is adapted too.",
+        ALLOWED["position_init"],
     )
     parts: list[str] = common.flag(
         "What of LSG is adapted alone too, as --train of run_mlm.py has it.", ["positions", "lora"]
@@ -346,7 +347,7 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
     yield whole("adapted", f"LSG norm, block 128, {base}", longest, lsg(), adapted=lsg())
     full = lsg() | {"num_global_tokens": 0, "full_attention_length": longest}
     yield whole("adapted", f"full attention, {base}", longest, full, adapted=full)
-    for init in others:
+    for init in others[:1]:
         yield whole("adapted", f"LSG norm, block 128, {init}", longest, lsg(), init, adapted=lsg())
     for length in sorted({*options.lengths} - {longest}):
         yield from untrained(length)

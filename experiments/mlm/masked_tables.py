@@ -130,8 +130,8 @@ def draw(path: Path, rows: list[Row], places: list[list[int]], limit: int) -> No
     )
     bands = Bands(places, ends)
     middles = [(begin + end) / 2 for begin, end in pairwise(ends)]
-    figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
-    sides = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(9, 4.5), dpi=160, layout="constrained")
+    sides = figure.subplots(1, 2)
     for axes, group in zip(sides, ("untrained", "adapted"), strict=True):
         zero = next(row for row in rows if row.group == group and row.name == CHUNKS.format(limit))
         for place, (line, (color, marker, dashes)) in enumerate(STYLES.items()):
@@ -154,13 +154,15 @@ def draw(path: Path, rows: list[Row], places: list[list[int]], limit: int) -> No
             bar.lines[0].set_dashes(dashes)
         axes.set_title(SECTIONS[group], fontsize=10)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(edges(limit, longest)[1:], [f"{end:,}" for end in edges(limit, longest)[1:]])
+        axes.set_xticks(edges(limit, longest)[1:], [f"{end:,}" for end in edges(limit, longest)[1:]], fontsize=8)
         axes.set_xlabel("position of the masked token")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     sides[0].set_ylabel(f"loss, less that of the source in chunks of {limit}")
     handles = {label: handle for axes in sides for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, handlelength=3.5)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, handlelength=3.5
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
