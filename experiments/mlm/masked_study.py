@@ -344,7 +344,9 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
         for kind in options.sparsity_types:
             fields = lsg(kind, block, PROTOCOL_FACTOR)
             yield whole("switched", f"{kind}, block {block}", longest, fields, adapted=local)
-    yield whole("adapted", f"LSG norm, block 128, {base}", longest, lsg(), adapted=lsg())
+    for block in sorted(BLOCKS):
+        fields = lsg("norm", block)
+        yield whole("adapted", f"LSG norm, block {block}, {base}", longest, fields, adapted=fields)
     full = lsg() | {"num_global_tokens": 0, "full_attention_length": longest}
     yield whole("adapted", f"full attention, {base}", longest, full, adapted=full)
     for init in others[:1]:
