@@ -82,27 +82,45 @@ def lines(rows: list[Row], reference: Row, places: list[list[int]], limit: int) 
     found = [["system", *heads, "all", f"all, less {reference.name}"]]
     for row in rows:
         cells = [f"{bands.mean(row, band=band)[0]:.3f}" for band in range(len(heads))]
-        whole = "{:.3f} [{:.3f}, {:.3f}]".format(*bands.mean(row))
-        less = "0" if row is reference else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bands.mean(row, reference))
-        found.append([row.name, *cells, whole, less])
+        found.append([row.name, *cells, *with_less(bands, row, reference)])
     return tables.table(found, 1)
+
+
+def switched(rows: list[Row], places: list[list[int]]) -> str:
+    """A table of the first row, which is as adapted, and of what it was switched to: a column a size of blocks. Each is
+    compared with the first of its column."""
+    bands = Bands(places, [0, rows[0].length])
+    names = [row.name.split(", ") for row in rows]
+    blocks = list(dict.fromkeys(block for _, block in names[1:]))
+    found = [["then", *(text for block in blocks for text in (block, f"{block}, less {names[1][0]}"))]]
+    for kind in dict.fromkeys(kind for kind, _ in names[1:]):
+        line = [kind]
+        for block in blocks:
+            own = {name: row for (name, size), row in zip(names[1:], rows[1:], strict=True) if size == block}
+            line += with_less(bands, own[kind], next(iter(own.values())))
+        found.append(line)
+    before = f"As adapted, {rows[0].name}: {with_less(bands, rows[0], rows[0])[0]}."
+    return f"{before}\n\n{tables.table(found, 1)}"
+
+
+def with_less(bands: Bands, row: Row, reference: Row) -> list[str]:
+    """The loss in all bands, and less that of the reference."""
+    whole = "{:.3f} [{:.3f}, {:.3f}]".format(*bands.mean(row))
+    return [whole, "0" if row is reference else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bands.mean(row, reference))]
 
 
 def report(rows: list[Row], places: list[list[int]], limit: int) -> str:
     """Tables of what was measured. Systems are compared with what the source makes of its chunks, and what was switched
-    after adaptation with `none` at the same block."""
+    after adaptation with the first type of sparsity at the same block."""
     parts = [f"Loss by position of masked tokens; {len(places)} documents; in brackets, {tables.LEVEL:.0%} intervals."]
     longest = max(row.length for row in rows)
     for group, title in SECTIONS.items():
         own = [row for row in rows if row.group == group]
+        if group == "switched":
+            parts += [f"## {title}, then switched", switched(own, places)]
+            continue
         for length in sorted({row.length for row in own}, reverse=True):
             at_length = [row for row in own if row.length == length]
-            if group == "switched":
-                base, *others = at_length
-                for block in dict.fromkeys(row.name.rpartition(" ")[2] for row in others):
-                    chosen = [row for row in others if row.name.endswith(f" {block}")]
-                    parts += [f"## {title}, then blocks of {block}", lines([*chosen, base], chosen[0], places, limit)]
-                continue
             if length < longest:
                 at_length = [cut(row, places, length) for row in own if row.name.startswith("source")] + at_length
             reference = next(row for row in at_length if row.name == CHUNKS.format(limit))
