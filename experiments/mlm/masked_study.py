@@ -347,12 +347,12 @@ def readers(options: MaskedStudyArguments) -> Iterator[Reader]:
     for block in sorted(BLOCKS):
         fields = lsg("norm", block)
         yield whole("adapted", f"LSG norm, block {block}, {base}", longest, fields, adapted=fields)
-    full = lsg() | {"num_global_tokens": 0, "full_attention_length": longest}
-    yield whole("adapted", f"full attention, {base}", longest, full, adapted=full)
-    for init in others[:1]:
-        yield whole("adapted", f"LSG norm, block 128, {init}", longest, lsg(), init, adapted=lsg())
     for length in sorted({*options.lengths} - {longest}):
         yield from untrained(length)
+    for init in others[:1]:
+        yield whole("adapted", f"LSG norm, block 128, {init}", longest, lsg(), init, adapted=lsg())
+    full = lsg() | {"num_global_tokens": 0, "full_attention_length": longest}
+    yield whole("adapted", f"full attention, {base}", longest, full, adapted=full)
     for part in options.parts:
         yield whole("adapted", f"LSG norm, block 128, {base}, {part}", longest, lsg(), adapted=lsg(), part=part)
 
