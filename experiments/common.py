@@ -3,6 +3,7 @@
 Each script parses `ModelArguments`, a subclass of `DataArguments`, and Transformers' own `TrainingArguments`.
 """
 
+import hashlib
 import importlib
 import json
 import platform
@@ -329,9 +330,11 @@ def draws(documents: Sequence[int]) -> np.ndarray:
     return weights
 
 
-def interval(values: Sequence[float] | np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """The bootstrap interval of the mean, by percentiles."""
-    means = weights @ np.array(values) / weights.sum(axis=1)
+def interval(
+    values: Sequence[float] | np.ndarray, weights: np.ndarray, counts: np.ndarray | float = 1.0
+) -> tuple[float, float]:
+    """The bootstrap interval of the mean, by percentiles; where values are sums, of so many each."""
+    means = weights @ np.array(values) / (weights * counts).sum(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -362,6 +365,23 @@ def evaluate(
                 output = trainer.evaluate(datasets[split], metric_key_prefix=split)
             measured = {name: value for name, value in output.items() if not name.endswith(left_out)}
             yield {"split": split, **setting, **{name.removeprefix(f"{split}_"): measured[name] for name in measured}}
+
+
+def kept(path: Path, mark: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON has it; from the file, where it is there and was made by these versions for the same
+    mark, which is all that the result depends on."""
+    versions = [platform.python_version(), torch.__version__, transformers.__version__, lsg_converter.__version__]
+    fingerprint = hashlib.sha256(json.dumps([mark, versions]).encode()).hexdigest()
+    if path.is_file():
+        content = json.loads(path.read_text())
+        if content["fingerprint"] == fingerprint:
+            return content["results"]
+    results = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps({"fingerprint": fingerprint, "results": results}) + "\n")
+    temporary.replace(path)
+    return results
 
 
 def write_results(training: TrainingArguments, flags: Sequence[str], rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The retrieval study of `experiments`, on a handful of documents and a tiny model."""
+"""The studies of `experiments`, on a handful of documents and tiny models."""
 
 import json
 import math
@@ -23,6 +23,8 @@ import adapt
 import common
 import corpora
 import make_data
+import masked_study
+import masked_tables
 import study
 import systems
 
@@ -305,3 +307,84 @@ def test_positions_are_adapted_alone_and_measured_on_other_documents(sentence, t
     assert "3 documents, 6 queries" in text
     for name in ("source, best chunk of 512", "LSG, one vector", "adapted LSG, one vector"):
         assert text.count(f"| {name} |") == 2
+
+
+# A masked model that is trained here
+
+
+@pytest.mark.full
+def test_a_masked_study(texts, tmp_path, monkeypatch, capsys):
+    """What the source could read is guessed as by the source, by full attention over stretched positions; what was
+    measured is not measured again."""
+    small = "--words 200 --layers 1 --width 64 --source_length 64 --steps 2 --batch_size 4 --lengths 320 --fp32"
+    more = "--adapt_steps 1 --adapt_batch_size 1 --sparsity_types none norm --position_init stretch --parts lora"
+    flags = ["--corpus", str(texts), "--output", str(tmp_path), *small.split(), *more.split()]
+    made = []
+    monkeypatch.setattr(masked_study.Study, "__init__", keeping(made, masked_study.Study.__init__))
+    assert masked_study.main(flags) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert (tmp_path / "masked.png").is_file() and text in capsys.readouterr().out
+    assert "3 documents" in text
+    for name, count in {
+        "word frequencies": 1, "source, chunks of 16": 1, "source, chunks of 64": 2,
+        "source, windows of 64 that overlap by half": 2, "full attention, stretch": 2,
+        "LSG norm, block 128, stretch": 2, "LSG none, block 32, stretch": 1, "LSG norm, block 128, stretch, lora": 1,
+        "none": 1, "norm": 1,
+    }.items():  # fmt: skip
+        assert text.count(f"| {name} |") == count, name
+
+    assert "As adapted, none, block 256: " in text and "| then | block 128 | block 128, less none | block 32 |" in text
+    (first,) = made
+    own = masked_study.Reader("", "", 64, 64, 62)
+    full = masked_study.lsg() | {"num_global_tokens": 0, "full_attention_length": 320}
+    long = masked_study.Reader("", "", 64, 64, 64, "stretch", full)
+    expected = first.losses(first.load("", 64), own)
+    found = first.losses(first.load("stretch", 320), long)
+    for values, others in zip(found, expected, strict=True):
+        assert 0 < len(others) < 30 and values == pytest.approx(others, abs=2e-4)
+
+    monkeypatch.setattr(masked_study.Study, "losses", None)
+    assert masked_study.main(flags) == 0
+    assert (tmp_path / "results.md").read_text() == text
+
+
+def keeping(made, function):
+    return lambda self, options: (made.append(self), function(self, options))[1]
+
+
+@pytest.mark.parametrize(("length", "room", "step"), [(300, 30, 30), (300, 30, 15), (30, 30, 15), (20, 30, 30)])
+def test_each_token_is_asked_once_with_tokens_around_it(length, room, step):
+    parts = list(masked_study.spans(length, room, step))
+    assert [place for _, first, end in parts for place in range(first, end)] == list(range(length))
+    assert all(0 <= begin <= first < end <= min(begin + room, length) for begin, first, end in parts)
+    if step < room < length:
+        assert all(first - begin >= 7 for begin, first, _ in parts[1:])
+        assert all(begin + room - end >= 7 for begin, _, end in parts[:-1])
+
+
+def test_losses_by_position():
+    """Of four places of each of two documents: a band has the mean of its places, and a shorter document fewer."""
+    places = [[0, 6, 7, 20], [1, 7, 8, 30]]
+    row = masked_tables.Row("", "", 32, [[1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 7.0, 8.0]])
+    bands = masked_tables.Bands(places, masked_tables.edges(8, 32))
+    assert bands.edges == [0, 8, 16, 32]
+    assert [bands.mean(row, band=band)[0] for band in range(3)] == pytest.approx([2, 5, 6])
+    value, low, high = bands.mean(row)
+    assert (value, low, high) == pytest.approx((33 / 8, 2.5, 5.75))
+    assert bands.mean(row, row) == (0, 0, 0)
+    short = masked_tables.cut(row, places, 10)
+    assert short.losses == [[1, 2, 3], [3, 5]] and masked_tables.edges(8, 10) == [0, 8, 10]
+    assert masked_tables.Bands(places, [0, 8, 10]).mean(short, short) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lengths", "128"], "--lengths: got 128; the source reads 128 tokens: give more"),
+        (["--sparsity_types", "all"], "--sparsity_types: got 'all'; give some of none, norm"),
+    ],
+)
+def test_what_a_masked_study_cannot_do_is_one_line(more, message, texts, tmp_path, capsys):
+    assert masked_study.main(["--corpus", str(texts), "--output", str(tmp_path), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1, error

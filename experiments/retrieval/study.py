@@ -8,9 +8,7 @@ goes on where it was.
     python experiments/retrieval/study.py --model sentence-transformers/all-MiniLM-L6-v2 --output out/study
 """
 
-import hashlib
 import itertools
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -30,7 +28,6 @@ import systems
 import tables
 from systems import POSITION_INIT, Reader, Result, Study
 
-import lsg_converter
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
 
 
@@ -112,29 +109,13 @@ def label(row: dict[str, Any]) -> str:
     )
 
 
-def fingerprint(study: Study, reader: Reader) -> str:
-    """Of all that a result depends on."""
-    options = {name: getattr(study.options, name) for name in ("model", "chunk_lengths", "pool_factor", "batch_size")}
-    versions = [torch.__version__, transformers.__version__, lsg_converter.__version__]
-    content = [asdict(study.corpus), asdict(reader), options, study.length, versions]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def measured(study: Study, reader: Reader) -> list[Result]:
     """The results of a reader, from the folder where they are there."""
     name = "".join(letter if letter.isalnum() else "-" for letter in reader.name)
     path = Path(study.options.output) / str(study.length) / f"{name}.json"
-    mark = fingerprint(study, reader)
-    if path.is_file():
-        content = json.loads(path.read_text())
-        if content["fingerprint"] == mark:
-            return [Result(**row) for row in content["results"]]
-    results = study.run(reader)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps({"fingerprint": mark, "results": [asdict(row) for row in results]}) + "\n")
-    temporary.replace(path)
-    return results
+    options = {name: getattr(study.options, name) for name in ("model", "chunk_lengths", "pool_factor", "batch_size")}
+    mark = [asdict(study.corpus), asdict(reader), options, study.length]
+    return [Result(**row) for row in common.kept(path, mark, lambda: [asdict(row) for row in study.run(reader)])]
 
 
 def check(options: StudyArguments) -> None:
