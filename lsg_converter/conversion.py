@@ -137,6 +137,14 @@ def plan(source: Source, config: Any) -> ConversionReport:
         positions = f"positions: the {trained} trained rows, {how} to {length}"
     if length < trained and config.absolute_positions:
         source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")
+    repeated = config.absolute_positions and not source.computes_positions and options.position_init == "tile"
+    if repeated and trained < min(3 * config.block_size, length):
+        fitting = 2 ** max((trained // 3).bit_length() - 1, 1)
+        source.warnings.append(
+            f"with blocks of {config.block_size} a token sees {3 * config.block_size} places, among which the source's "
+            f"{trained} positions are repeated: unless you train it, convert with --model_kwargs "
+            f"\"{{'block_size': {fitting}, 'sparse_block_size': {fitting}}}\""
+        )
     if source.tokenizer is None and not options.dry_run:
         source.warnings.append("the source has no tokenizer, so none was written")
     if reads_first_token(source) and (seen := seen_by_first_token(config)) < length:

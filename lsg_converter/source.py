@@ -110,8 +110,8 @@ class Source:
         if self.family.is_causal(self.lsg_class):
             content["is_decoder"] = True
         elif self.family.is_decoder(self.lsg_class):
-            name = families.stock_class(self.lsg_class).__name__
-            raise OptionError(f"--architecture: {name} is a decoder alone, which has no LSG; give one with the encoder")
+            decoder = families.stock_class(self.lsg_class).__name__
+            raise OptionError(f"--architecture: {decoder} is a decoder alone, which has no LSG; give one that encodes")
         self.is_colbert = named == ["HF_ColBERT"]
         self.has_own_head = self.model_class.__name__ in named
         own = next((self.family.architectures.get(item.removeprefix("LSG")) for item in named), None)

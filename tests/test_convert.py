@@ -122,7 +122,12 @@ def test_a_source_of_few_positions(source, tmp_path):
     change_config(source, max_position_embeddings=100)
     name = "bert.embeddings.position_embeddings.weight"
     change_weights(source, lambda weights: {**weights, name: weights[name][:100].clone()})
-    assert run(source, tmp_path / "lsg", max_sequence_length=1000).source_positions == 100
+    report = run(source, tmp_path / "lsg", max_sequence_length=1000)
+    assert report.source_positions == 100 and len(report.warnings) == 1
+    assert report.warnings[0].startswith("with blocks of 128 a token sees 384 places, among which the source's 100 ")
+    assert report.warnings[0].endswith("\"{'block_size': 32, 'sparse_block_size': 32}\"")
+    for name, options in (("small", {"model_kwargs": {"block_size": 32}}), ("stretch", {"position_init": "stretch"})):
+        assert not run(source, tmp_path / name, max_sequence_length=1000, **options).warnings
 
 
 def test_no_tokenizer(source, tmp_path):
