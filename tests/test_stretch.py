@@ -215,7 +215,6 @@ def test_what_was_stretched_is_stretched_again(converted_by, tmp_path, capsys):
 REFUSED = [
     ("bert", ["--max_sequence_length", "1000"], "give a multiple of the source's 512 positions, such as 1024"),
     ("bert", ["--architecture", "BertLMHeadModel"], "--position_init: got 'stretch' for a decoder"),
-    ("bart", ["--architecture", "BartForCausalLM"], "--position_init: got 'stretch' for a decoder"),
     ("bert", ["--model_kwargs", "{'position_step': 2}"], "--model_kwargs: got position_step"),
     ("pegasus", [], "pegasus computes its positions"),
 ]
