@@ -55,6 +55,7 @@ def main() -> int:
         if code := lsg_convert(command):
             return code
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # Chapters are cut below.
     tokenizer = AutoTokenizer.from_pretrained(target)
 
     chapters: list[list[int]] = []

@@ -107,7 +107,7 @@ def tune(options: TuneOptions, announce: Announce = lambda step: None) -> Tuning
         ConversionError: one line that says what to do.
     """
     start = time.perf_counter()
-    figure = check_figure(options)
+    figure = check_figure(options.figure)
     with tempfile.TemporaryDirectory() as folder:
         models = Models(options, Path(folder))
         task = kind_of(models)(models, read_texts(options))
@@ -259,13 +259,13 @@ def read_texts(options: TuneOptions) -> list[str]:
     return contents
 
 
-def check_figure(options: TuneOptions) -> Path | None:
+def check_figure(figure: str | None) -> Path | None:
     """Where the picture goes. Raises OptionError before anything is read, rather than after all of it."""
-    if options.figure is None:
+    if figure is None:
         return None
     if find_spec("matplotlib") is None:
-        raise OptionError("--figure: matplotlib is missing; pip install matplotlib, or leave the flag out")
-    path = Path(options.figure).expanduser()
+        raise OptionError('--figure: matplotlib is missing; pip install ".[figures]" brings it, or leave the flag out')
+    path = Path(figure).expanduser()
     if not path.parent.is_dir():
         raise OptionError(f"--figure: there is no folder {str(path.parent)!r}; make it, or give another name")
     return path

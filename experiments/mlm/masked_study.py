@@ -50,7 +50,7 @@ from adapt import halves
 from masked_tables import CHUNKS, Row
 
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
-from lsg_converter.tune import GRID, MASKED
+from lsg_converter.tune import GRID, MASKED, check_figure
 
 
 ALLOWED: dict[str, list[str]] = {
@@ -367,6 +367,7 @@ def main(flags: Sequence[str]) -> None:
         raise common.OptionError(
             f"--lengths: got {min(options.lengths)}; the source reads {options.source_length} tokens: give more"
         )
+    check_figure(options.figure)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     study = Study(options)

@@ -150,7 +150,7 @@ def draw(path: Path, rows: list[Row], places: list[list[int]], limit: int) -> No
     bands = Bands(places, ends)
     middles = [(begin + end) / 2 for begin, end in pairwise(ends)]
     figure = Figure(figsize=(9, 4.5), dpi=100, layout="constrained")
-    sides = figure.subplots(1, 2)
+    sides = figure.subplots(1, 2, sharey=True)
     for axes, group in zip(sides, ("untrained", "adapted"), strict=True):
         zero = next(row for row in rows if row.group == group and row.name == CHUNKS.format(limit))
         for place, (line, (color, marker, dashes)) in enumerate(STYLES.items()):

@@ -29,6 +29,7 @@ import tables
 from systems import POSITION_INIT, Reader, Result, Study
 
 from lsg_converter.modeling.lsg_sparsity import SPARSITY_TYPES
+from lsg_converter.tune import check_figure
 
 
 READERS = ("bm25", "truncation", "chunks", "full", "lsg")
@@ -131,6 +132,7 @@ def check(options: StudyArguments) -> None:
 def main(arguments: Sequence[str]) -> None:
     (options,) = common.parse_flags([StudyArguments], arguments)
     check(options)
+    check_figure(options.figure)
     transformers.utils.logging.disable_progress_bar()
     studies = []
     for length in sorted(options.lengths):
