@@ -216,9 +216,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; it cuts texts at `max_seq_length`."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     longest = tokenizer.model_max_length
-    if arguments.max_seq_length and arguments.max_seq_length > longest:
-        raise OptionError(f"--max_seq_length: got {arguments.max_seq_length}; the checkpoint reads {longest} tokens")
-    tokenizer.model_max_length = arguments.max_seq_length or longest
+    wanted = longest if arguments.max_seq_length is None else arguments.max_seq_length
+    if not tokenizer.num_special_tokens_to_add() < wanted <= longest:
+        raise OptionError(f"--max_seq_length: got {wanted}; the checkpoint reads {longest} tokens")
+    tokenizer.model_max_length = wanted
     return tokenizer
 
 

@@ -138,12 +138,14 @@ def plan(source: Source, config: Any) -> ConversionReport:
     if length < trained and config.absolute_positions:
         source.warnings.append(f"the last {trained - length} of the source's {trained} positions are lost")
     repeated = config.absolute_positions and not source.computes_positions and options.position_init == "tile"
-    if repeated and trained < min(3 * config.block_size, length):
-        fitting = 2 ** max((trained // 3).bit_length() - 1, 1)
+    blocks = 2 if config.causal else 3
+    window = blocks * config.block_size
+    if repeated and 4 * blocks <= trained < min(window, length):
+        fitting = 2 ** ((trained // blocks).bit_length() - 1)
         source.warnings.append(
-            f"with blocks of {config.block_size} a token sees {3 * config.block_size} places, among which the source's "
-            f"{trained} positions are repeated: unless you train it, convert with --model_kwargs "
-            f"\"{{'block_size': {fitting}, 'sparse_block_size': {fitting}}}\""
+            f"with blocks of {config.block_size} a token sees {window} places, among which the source's {trained} "
+            f"positions are repeated: unless you train it, take blocks of {fitting}, by block_size and "
+            "sparse_block_size in --model_kwargs"
         )
     if source.tokenizer is None and not options.dry_run:
         source.warnings.append("the source has no tokenizer, so none was written")

@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -323,7 +324,7 @@ def locate(options: ConversionOptions) -> tuple[Path, str | None]:
     patterns = ["config.json"]
     if not options.dry_run:
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "*.safetensors"]
-        patterns += [COLBERT_SETTINGS]
+        patterns += ["*.spm", "bpe.codes", COLBERT_SETTINGS]
         patterns += ["*.py"] if options.trust_remote_code else []
     try:
         snapshot = Path(download(allow_patterns=patterns, ignore_patterns=list(OTHER_FORMATS)))
@@ -411,7 +412,10 @@ def check_padding(name: str, config: Any, *, needed: bool) -> None:
 
 def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The source's tokenizer, or None where it has none. Raises SourceError."""
-    files = sorted(path for path in folder.iterdir() if path.name.startswith(("tokenizer", "vocab", "spiece")))
+    kinds = (".model", ".spm")  # of the library sentencepiece
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in kinds or path.name.startswith(("tokenizer", "vocab"))
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # Without their files, Transformers makes up a tokenizer that knows hardly more than its special tokens.
@@ -424,8 +428,9 @@ def read_tokenizer(name: str, folder: Path, trust_remote_code: bool) -> PreTrain
             if path.suffix == ".json":
                 read_json(path)  # which says that it is this one, where it is
         if files:
+            missing = any(path.suffix in kinds for path in files) and find_spec("sentencepiece") is None
+            advice = "pip install sentencepiece" if missing else "repair its files, or remove them"
             raise SourceError(
-                f"--initial_model: the tokenizer of {name!r} cannot be loaded: {first_line(error)}; "
-                "repair its files, or remove them"
+                f"--initial_model: the tokenizer of {name!r} cannot be loaded: {first_line(error)}; {advice}"
             ) from error
         return None

@@ -413,7 +413,11 @@ def run_heads(source: Source, folder: Path, announce: Announce) -> Iterator[Head
         seen.add(target)
         for dtype in (torch.float32, torch.bfloat16):
             announce(f"running {name} in {str(dtype).removeprefix('torch.')}")
-            model = families.auto_class(name).from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+            # A head of another size than the checkpoint's is new: where that has three classes, a choice has one score.
+            options = {"trust_remote_code": True, "dtype": dtype, "ignore_mismatched_sizes": True}
+            if name == "AutoModelForQuestionAnswering":
+                options["num_labels"] = 2  # where an answer begins, and where it ends
+            model = families.auto_class(name).from_pretrained(folder, **options)
             yield run_head(name, model, source.options.max_sequence_length)
 
 

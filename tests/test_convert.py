@@ -73,6 +73,15 @@ def test_one_seed_gives_equal_bytes(source, tmp_path):
     assert files["a"] == files["b"] != files["c"]
 
 
+@pytest.mark.full
+def test_heads_are_run_whatever_the_checkpoint_has(source, tmp_path):
+    """A classifier of three classes, and a head for choices, which has one score: both are named `classifier`."""
+    change_config(source, id2label={"0": "a", "1": "b", "2": "c"})
+    options = {"architecture": "BertForSequenceClassification", "max_sequence_length": 600, "run_test": True}
+    heads = run(source, tmp_path / "lsg", **options).heads
+    assert {"AutoModelForSequenceClassification", "AutoModelForMultipleChoice"} <= {head.auto_class for head in heads}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays(source, tmp_path, dtype):
     change_weights(source, lambda weights: {name: value.to(dtype) for name, value in weights.items()})
@@ -125,7 +134,11 @@ def test_a_source_of_few_positions(source, tmp_path):
     report = run(source, tmp_path / "lsg", max_sequence_length=1000)
     assert report.source_positions == 100 and len(report.warnings) == 1
     assert report.warnings[0].startswith("with blocks of 128 a token sees 384 places, among which the source's 100 ")
-    assert report.warnings[0].endswith("\"{'block_size': 32, 'sparse_block_size': 32}\"")
+    assert "take blocks of 32, by block_size and sparse_block_size" in report.warnings[0]
+    change_config(source, is_decoder=True)
+    options = {"max_sequence_length": 1000, "architecture": "BertLMHeadModel"}
+    assert "sees 256 places" in run(source, tmp_path / "causal", **options).warnings[0]
+    change_config(source, is_decoder=False)
     for name, options in (("small", {"model_kwargs": {"block_size": 32}}), ("stretch", {"position_init": "stretch"})):
         assert not run(source, tmp_path / name, max_sequence_length=1000, **options).warnings
 

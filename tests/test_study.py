@@ -382,9 +382,18 @@ def test_losses_by_position():
     [
         (["--lengths", "128"], "--lengths: got 128; the source reads 128 tokens: give more"),
         (["--sparsity_types", "all"], "--sparsity_types: got 'all'; give some of none, norm"),
+        (["--source_length", "2"], "--source_length: got 2; give 16 or more"),
+        (["--batch_size", "0"], "--batch_size: got 0; give 1 or more"),
+        (["--mlm_probability", "2"], "--mlm_probability: got 2.0; give a share"),
+        (["--width", "0"], "--width: got 0; give 1 or more"),
+        (["--width", "200"], "--width: got 200; give a multiple of 64"),
+        (["--corpus", "NUMBERS"], "--corpus: "),
     ],
 )
 def test_what_a_masked_study_cannot_do_is_one_line(more, message, texts, tmp_path, capsys):
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"text": 3}\n')
+    more = [str(numbers) if value == "NUMBERS" else value for value in more]
     assert masked_study.main(["--corpus", str(texts), "--output", str(tmp_path), *more]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1, error

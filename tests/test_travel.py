@@ -13,7 +13,9 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lsg_converter import LSGConverter
+from lsg_converter import ConversionOptions, LSGConverter
+from lsg_converter.companions import TOKENIZER_FILES
+from lsg_converter.source import locate
 
 
 LONG = ("--max_sequence_length", "1000")
@@ -300,6 +302,25 @@ def test_weights_that_are_new_or_left_out_stand_in_the_card(source, tmp_path):
     card = (tmp_path / "lsg" / "README.md").read_text()
     assert "- New weights, untrained: classifier.bias, classifier.weight\n" in card
     assert "- Weights of the source that were left out: linear.weight\n" in card
+
+
+def test_files_of_every_tokenizer_come_from_the_hub(source, hub, tmp_path, monkeypatch):
+    names = {*TOKENIZER_FILES, "bpe.codes", "spm.model", "tokenizer.model"}
+    for name in names:
+        (source / name).write_text("{}")
+    options = ConversionOptions(initial_model=hub(source), model_name=str(tmp_path / "lsg"))
+    folder, _ = locate(options)
+    assert names <= {path.name for path in folder.iterdir()}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_left_out(source, tmp_path, capsys):
+    """Whatever its files are called, it is no source without a tokenizer."""
+    for path in (*source.glob("*token*"), *source.glob("vocab*")):
+        path.unlink()
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "CamembertTokenizer"}')
+    (source / "sentencepiece.bpe.model").write_bytes(b"no model")
+    assert run_command(source, tmp_path / "lsg") == 3
+    assert "the tokenizer of" in capsys.readouterr().err
 
 
 def test_a_hub_that_lists_no_files(source, hub, tmp_path, capsys):

@@ -60,6 +60,8 @@ class ClassificationArguments(DataArguments):
     def __post_init__(self) -> None:
         if unknown := {*(self.systems or ())} - {*SYSTEMS}:
             raise ValueError(f"--systems: got {', '.join(unknown)}; give some of {', '.join(SYSTEMS)}")
+        if self.source_length < 3:
+            raise ValueError(f"--source_length: got {self.source_length}; give 3 or more, two tokens are special")
 
 
 class Labels:

@@ -60,6 +60,7 @@ ALLOWED: dict[str, list[str]] = {
 }
 FREQUENCIES, WINDOWS = "word frequencies", "source, windows of {} that overlap by half"
 BLOCKS = (128, 32)
+COUNTS = ("layers", "width", "steps", "batch_size", "documents", "adapt_steps", "adapt_batch_size")
 PROTOCOL_BLOCK, PROTOCOL_FACTOR = 256, 4  # as the cards of published checkpoints
 
 
@@ -363,6 +364,14 @@ def main(flags: Sequence[str]) -> None:
     for name, allowed in ALLOWED.items():
         if wrong := [value for value in getattr(options, name) if value not in allowed]:
             raise common.OptionError(f"--{name}: got {wrong[0]!r}; give some of {', '.join(allowed)}")
+    least = {"source_length": 16, "words": 100, **dict.fromkeys(COUNTS, 1)}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise common.OptionError(f"--{name}: got {getattr(options, name)}; give {value} or more")
+    if options.width % max(options.width // 64, 1):
+        raise common.OptionError(f"--width: got {options.width}; give a multiple of 64, or less than 128")
+    if not 0 < options.mlm_probability < 1:
+        raise common.OptionError(f"--mlm_probability: got {options.mlm_probability}; give a share between 0 and 1")
     if min(options.lengths) <= options.source_length:
         raise common.OptionError(
             f"--lengths: got {min(options.lengths)}; the source reads {options.source_length} tokens: give more"

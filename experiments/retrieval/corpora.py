@@ -121,10 +121,12 @@ def read_file(path: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise common.OptionError(f"--corpus: {str(path)!r}: {common.first_line(error)}") from error
-    kinds = {"text" if "text" in row else "pair" if {"query", "document"} <= row.keys() else "" for row in rows}
+    columns = [{key for key in row if isinstance(row[key], str)} if isinstance(row, dict) else set() for row in rows]
+    kinds = {"text" if "text" in own else "pair" if {"query", "document"} <= own else "" for own in columns}
     if len(kinds) != 1 or "" in kinds:
         raise common.OptionError(
-            f"--corpus: {str(path)!r}: got rows of other columns; give in each line a text, or a query and a document"
+            f"--corpus: {str(path)!r}: got rows of other columns or types; "
+            "give in each line a text, or a query and a document"
         )
     return rows
 
