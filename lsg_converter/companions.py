@@ -11,24 +11,10 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from .source import COLBERT_SETTINGS, OTHER_FORMATS, PICKLED_HEADS, Source, read_modules
+from .source import COLBERT_SETTINGS, OTHER_FORMATS, PICKLED_HEADS, TOKENIZER_FILES, Source, read_modules
 from .weights import read_json, read_tensor
 
 
-# Files of a tokenizer that Transformers reads, but does not always write.
-TOKENIZER_FILES = (
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-    "target_vocab.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 SETTINGS = "config_sentence_transformers.json"
 # The module of sentence-transformers for the encoder of a family that has a decoder too; its file is beside this one.
 ENCODER_MODULE = "lsg_sentence.LSGTransformer"

@@ -27,6 +27,20 @@ from .options import GLOBAL_TOKEN_FLAGS, ConversionOptions, OptionError, SourceE
 from .weights import examine, read_json, weight_files
 
 
+# Files of a tokenizer that Transformers reads, but does not always write.
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 # Weights in formats that are not read, as names on the Hub.
 OTHER_FORMATS = ("onnx/*", "openvino/*", "*.onnx_data", "flax_*", "tf_*")
 # Settings of a ColBERT checkpoint: the tokens that mark a query and a document, and their lengths.
@@ -324,7 +338,7 @@ def locate(options: ConversionOptions) -> tuple[Path, str | None]:
     patterns = ["config.json"]
     if not options.dry_run:
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "*.safetensors"]
-        patterns += ["*.spm", "bpe.codes", COLBERT_SETTINGS]
+        patterns += [*TOKENIZER_FILES, "bpe.codes", COLBERT_SETTINGS]
         patterns += ["*.py"] if options.trust_remote_code else []
     try:
         snapshot = Path(download(allow_patterns=patterns, ignore_patterns=list(OTHER_FORMATS)))

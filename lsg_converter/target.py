@@ -13,11 +13,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .companions import TOKENIZER_FILES
 from .families import MODELING
 from .options import ConversionOptions, SourceError, TargetError, first_line
 from .report import FILE_NAME
-from .source import Source
+from .source import TOKENIZER_FILES, Source
 from .weights import read_json
 
 

@@ -180,7 +180,7 @@ def test_long_texts_give_several_documents_and_short_ones_none(model):
     assert corpus.relevant == [[place] for place in range(6) for _ in range(2)]
     assert len(corpora.with_passages(texts, model.tokenizer, 700, 3, 2).documents) == 3
     few = corpora.with_passages(texts[:2], model.tokenizer, 700, 4, 2)
-    more = corpora.with_passages(texts[:2], model.tokenizer, 700, 4, 2, further=texts)
+    more = corpora.with_passages(texts[:2], model.tokenizer, 700, 4, 2, further=lambda: texts)
     assert (len(few.documents), len(more.documents)) == (2, 4)
     assert (more.documents[:2], more.queries[:4]) == (few.documents, few.queries)
 

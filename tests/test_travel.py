@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from lsg_converter import ConversionOptions, LSGConverter
-from lsg_converter.companions import TOKENIZER_FILES
-from lsg_converter.source import locate
+from lsg_converter.source import TOKENIZER_FILES, locate
 
 
 LONG = ("--max_sequence_length", "1000")

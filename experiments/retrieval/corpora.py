@@ -9,9 +9,10 @@ import random
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,16 @@ class Corpus:
 
 
 @cache
-def built_in() -> tuple[list[str], list[str]]:
-    """What files say of themselves: those of Python's library, of numpy and of torch, and then those of Transformers
-    and huggingface_hub, for a corpus that the former do not fill. No paragraph stands in two."""
+def built_in() -> tuple[list[str], Callable[[], list[str]]]:
+    """What files say of themselves: those of Python's library, of numpy and of torch; and what reads those of
+    Transformers and huggingface_hub, for a corpus that the former do not fill. No paragraph stands in two."""
     seen: set[str] = set()
-    first = [Path(sysconfig.get_paths()["stdlib"]), *package("numpy"), *package("torch")]
-    further = [*package("transformers"), *package("huggingface_hub")]
-    texts, more = ([text for _, text in files(folders, seen)] for folders in (first, further))
-    return texts, more
+
+    def read(*folders: Path) -> list[str]:
+        return [text for _, text in files(folders, seen)]
+
+    texts = read(Path(sysconfig.get_paths()["stdlib"]), *package("numpy"), *package("torch"))
+    return texts, cache(lambda: read(*package("transformers"), *package("huggingface_hub")))
 
 
 class Spans:
@@ -82,19 +85,24 @@ def with_passages(
     count: int,
     per_document: int,
     begin: int = BEYOND,
-    further: Iterable[str] = (),
+    further: Callable[[], Iterable[str]] = tuple,
 ) -> Corpus:
     """Documents of `length` tokens, each with passages of its own as queries.
 
     They come from texts drawn at random, several from a long one: a query's document has neighbours that are near it.
-    Where these do not give `count`, they are followed by `further` ones.
+    Where these do not give `count`, they are followed by what `further` gives.
     """
     draw = random.Random(0)
     drawn = list(texts)
     draw.shuffle(drawn)
-    drawn += random.Random(0).sample(more := list(further), len(more))
+
+    def others() -> Iterator[str]:
+        yield from random.Random(0).sample(more := list(further()), len(more))
+
     corpus = Corpus([], [], [])
-    for text in drawn:
+    for text in chain(drawn, others()):
+        if len(corpus.documents) == count:
+            break
         whole = Spans(text, tokenizer)
         for n in range(min(len(whole) // length, PIECES, count - len(corpus.documents))):
             document = Spans(whole.part(n * length, (n + 1) * length), tokenizer)

@@ -1,5 +1,6 @@
 """What encoder-decoder models add: an encoder puts the global tokens in itself, and may pass them on to the decoder."""
 
+import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar
@@ -113,6 +114,7 @@ class LSGSeq2SeqDecoder(LSGWrapper):
     """Mixed into a decoder alone where an encoder may have other words, which the stock class gives its head."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config = copy.deepcopy(config)  # as the stock class does
         config.vocab_size = config.decoder_vocab_size
         super().__init__(config, *args, **kwargs)
 
